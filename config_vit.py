@@ -1,0 +1,261 @@
+"""From the command line, a YAML file, a checkpoint and NNI's sample to the parameters of one run."""
+
+import argparse
+import difflib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import utils_vit
+import vit
+
+# Defaults of the demo data (no --download-dir): 8x8 pixels, grey.
+DEMO = {"image_size": 16, "patch_size": 4, "channel": 1, "val_split": 0.2}
+LEARNING_RATE = {"adam": 5e-4, "adamw": 5e-4, "sgd": 2e-2, "rmsprop": 2e-4}
+# About one run and its place, not about what is trained: neither in args.yaml nor sampled by NNI.
+NOT_SAVED = {"config", "check", "resume", "model_dir", "request_from_nni"}
+# Not every architecture takes these; the default of dim_head is vt_dim / vt_heads.
+ARCH_DEFAULTS = {"dim_head": None, "pool": "cls", "dropout": 0.0, "emb_dropout": 0.0}
+MAY_CHANGE_ON_RESUME = {
+    *("epochs", "max_steps", "download_dir", "cache_dir", "workers", "threads", "gpu"),
+}
+UNSET = object()
+
+
+class UsageError(ValueError):
+    """Input that this program cannot work with; the text is one line that names it and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but errors are raised as UsageError and unknown options are told the nearest known one."""
+
+    def error(self, message: str) -> None:
+        raise UsageError(message)
+
+    def given(self, argv: list[str]) -> dict[str, Any]:
+        """Only what `argv` really gives, by destination."""
+        unset = argparse.Namespace(**{action.dest: UNSET for action in self._actions})
+        values, unknown = self.parse_known_args(argv, unset)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            valid = sorted(o for action in self._actions for o in action.option_strings[-1:])
+            near = difflib.get_close_matches(name, valid, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UsageError(f"unknown parameter {name}{hint}; valid ones: {' '.join(valid)}")
+        return {k: v for k, v in vars(values).items() if v is not UNSET and k != "help"}
+
+    def given_by(self, source: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The same for a mapping, from YAML or NNI; `-` and `_` are the same in a name.
+
+        A nested choice of NNI, {"optimizer": {"_name": "sgd", "momentum": 0.9}}, gives both parameters.
+        """
+        flags = {o: a.dest for a in self._actions if a.nargs == 0 for o in a.option_strings}
+        argv, switched_off = [], {}
+        for name, value in flattened(parameters):
+            option = "--" + str(name).replace("_", "-")
+            if option[2:].replace("-", "_") in NOT_SAVED | {"help"}:
+                raise UsageError(f"{source}: {name} belongs on the command line")
+            if isinstance(value, dict | list):
+                raise UsageError(f"{source}: {name} is {value}, not a single value")
+            if value is False and option in flags:
+                switched_off[flags[option]] = False
+            elif value is not None:
+                argv.append(option if value is True and option in flags else f"{option}={value}")
+        try:
+            return self.given(argv) | switched_off
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
+
+
+def flattened(parameters: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values, a nested choice as its name and what it brings along."""
+    for name, value in parameters.items():
+        if isinstance(value, dict) and "_name" in value:
+            yield name, value["_name"]
+            yield from flattened({k: v for k, v in value.items() if k != "_name"})
+        else:
+            yield name, value
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Any:
+    """An argparse type: an int or float from `low` (or `above` it) to `high`; 4.0 is the int 4."""
+
+    def convert(text: str) -> float:
+        value = float(text) if kind is float or not text.isdecimal() else int(text)
+        bounds = f"{'above' if above else 'at least'} {low}" + (
+            f" and at most {high}" if high < math.inf else ""
+        )
+        if kind is int and value != value // 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number")
+        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return kind(value)
+
+    convert.__name__ = {int: "whole number", float: "number"}[kind]  # argparse's word in its errors
+    return convert
+
+
+def resolve(
+    parser: Parser, argv: list[str], sample: dict[str, Any] | None = None
+) -> argparse.Namespace:
+    """All parameters of a run from the command line, its --config and --resume, and NNI's `sample`.
+
+    Reads no data. Raises UsageError, or CheckpointError for --resume.
+    """
+    given = parser.given(argv)
+    if sample:
+        given |= parser.given_by("NNI's sample", sample)
+    if "config" in given:
+        parameters = parser.given_by(str(given["config"]), read_yaml(given["config"]))
+        given = what_still_holds(parameters, given) | given
+    if "resume" in given:
+        given = continue_given(parser, given)
+    defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
+    args = argparse.Namespace(**(defaults | given))
+    derive(args, given)
+    return args
+
+
+def what_still_holds(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of --config, less those that the command line or NNI makes void.
+
+    An args.yaml is complete, with all that followed from its own values; a change to one of these
+    should not be an error that asks for changes to others.
+    """
+    void: set[str] = set()
+    schedule = {"gamma", "scheduler", "dont_adjust_learning_rate"}
+    if given.keys() & schedule:
+        void |= schedule | {"warmup_epochs"}
+    if file.get("warmup_epochs", 0) > given.get("epochs", math.inf):
+        void.add("warmup_epochs")
+    patch = {"patch_size", "patch_num"}
+    if given.keys() & patch:
+        void |= patch
+    elif "image_size" in given and patch <= file.keys():
+        void.add("patch_num")
+    if "arch" in given:
+        void |= ARCH_DEFAULTS.keys() - arch_arguments(given["arch"])
+    return {name: value for name, value in file.items() if name not in void}
+
+
+def arch_arguments(arch: str) -> set[str]:
+    """What the architecture takes. Raises UsageError if there is no such architecture."""
+    try:
+        return vit.model_arguments(arch)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A mapping from a YAML file. Raises UsageError."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} is not a mapping of parameter names to values")
+    return content
+
+
+def continue_given(parser: Parser, given: dict[str, Any]) -> dict[str, Any]:
+    """What --resume continues: the parameters of the checkpoint, and those given that may change."""
+    if "init_from" in given:
+        raise UsageError("--resume continues a run and --init-from starts one: give one of them")
+    saved = parser.given_by(
+        str(given["resume"]), utils_vit.load_checkpoint(given["resume"])["args"]
+    )
+    differing = {
+        k for k, v in given.items()
+        if k not in NOT_SAVED | MAY_CHANGE_ON_RESUME and saved.get(k) != v
+    }  # fmt: skip
+    if differing:
+        changed = ", ".join(f"{k} {saved.get(k)} -> {given[k]}" for k in sorted(differing))
+        raise UsageError(
+            f"--resume continues a run with its own parameters, but given were: {changed}; "
+            "--init-from starts a new run from its weights"
+        )
+    return saved | given
+
+
+def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Fill in what follows from other parameters; what has no effect becomes None, or an error if given."""
+    demo = DEMO if args.download_dir is None else {}
+    if args.image_size is None:
+        args.image_size = demo.get("image_size", 224)
+    if args.channel is None:
+        args.channel = demo.get("channel", 3)
+    if args.val_split is None:
+        args.val_split = demo.get("val_split")
+    if args.patch_size is None and args.patch_num is None:
+        args.patch_size = demo.get("patch_size", 16)
+    divide_patches(args)
+
+    if args.dont_adjust_learning_rate and args.scheduler not in (None, "constant"):
+        raise UsageError(f"--dont-adjust-learning-rate contradicts --scheduler {args.scheduler}")
+    if args.dont_adjust_learning_rate:
+        args.scheduler = "constant"
+    elif args.scheduler is None:
+        args.scheduler = "step" if args.gamma is not None else "cosine"
+    if args.scheduler == "step" and args.gamma is None:
+        raise UsageError("--scheduler step needs --gamma")
+    if args.scheduler == "cosine" and args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs / 10
+    for name, schedule in (("gamma", "step"), ("warmup_epochs", "cosine")):
+        if name in given and args.scheduler != schedule:
+            raise UsageError(
+                f"{name} has no effect under the {args.scheduler} schedule: leave it out"
+            )
+    if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
+        raise UsageError(f"warmup_epochs {args.warmup_epochs:g} is more than epochs {args.epochs}")
+
+    if args.lr is None:
+        args.lr = LEARNING_RATE[args.optimizer]
+    if args.weight_decay is None:
+        args.weight_decay = 0.05 if args.optimizer == "adamw" else 1e-4
+    if args.moving_average_decay == 1:
+        raise UsageError("moving_average_decay 1 would keep the initial weights: give less than 1")
+
+    accepted = arch_arguments(args.arch)
+    if "channels" not in accepted and args.channel != 3:
+        raise UsageError(f"arch {args.arch} reads RGB only: --channel 3")
+    for name, value in ARCH_DEFAULTS.items():
+        if name not in accepted and name in given:
+            raise UsageError(f"{name} has no effect on arch {args.arch}: leave it out")
+        if name in accepted and getattr(args, name) is None:
+            whole_heads = max(1, args.vt_dim // args.vt_heads)
+            setattr(args, name, whole_heads if name == "dim_head" else value)
+
+    if args.gpu is not None and args.gpu >= torch.cuda.device_count():
+        raise UsageError(
+            f"--gpu {args.gpu}: torch sees {torch.cuda.device_count()} CUDA devices here; "
+            "leave --gpu out to use what there is"
+        )
+    for name in ("download_dir", "cache_dir", "init_from"):
+        if getattr(args, name) is not None:
+            setattr(args, name, getattr(args, name).expanduser().absolute())
+
+
+def divide_patches(args: argparse.Namespace) -> None:
+    """patch_size = image_size / patch_num, whole."""
+    size = args.image_size
+    for name in ("patch_num", "patch_size"):
+        if (value := getattr(args, name)) is not None and size % value:
+            fitting = " ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+            raise UsageError(
+                f"{name} {value} does not divide image_size {size}: use one of {fitting}"
+            )
+    if args.patch_num is None:
+        args.patch_num = size // args.patch_size
+    elif args.patch_size is None:
+        args.patch_size = size // args.patch_num
+    if args.patch_num * args.patch_size != size:
+        raise UsageError(
+            f"patch_num {args.patch_num} and patch_size {args.patch_size} contradict each other "
+            f"for image_size {size}: give one of them"
+        )

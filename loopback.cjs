@@ -1,0 +1,31 @@
+// Keeps NNI's page to this machine. NNI 3.0 listens on every interface, asks for no password and
+// lets whoever reaches it read any file; it has no option to change that. Loaded into its Node by
+//   NODE_OPTIONS="--require=\"$PWD/loopback.cjs\"" nnictl create --config config.yml
+"use strict";
+const childProcess = require("child_process");
+const net = require("net");
+
+const LOOPBACK = "127.0.0.1";
+
+// listen(port) means every interface, so a port that comes without a host gets one.
+const listen = net.Server.prototype.listen;
+net.Server.prototype.listen = function (...args) {
+  const [first, second] = args;
+  if (typeof first === "number" && typeof second !== "string") {
+    args.splice(1, 0, LOOPBACK);
+  } else if (first?.port !== undefined && !first.host) {
+    args[0] = { ...first, host: LOOPBACK };
+  }
+  return listen.apply(this, args);
+};
+
+// The page's TensorBoard button runs "tensorboard --bind_all ...". Without the shell that NNI puts
+// in between, a folder may also have a space in its name.
+const spawn = childProcess.spawn;
+childProcess.spawn = function (command, args, options) {
+  if (command === "tensorboard") {
+    args = args.map((arg) => arg.replace(/^--bind_all /, ""));
+    return spawn(command, [`--host=${LOOPBACK}`, ...args], { ...options, shell: false });
+  }
+  return spawn(command, args, options);
+};

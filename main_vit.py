@@ -1,0 +1,489 @@
+"""Train a Vision Transformer on a folder of images, by itself or as a trial of an NNI experiment.
+
+python main_vit.py --download-dir DIR        one run
+nnictl create --config config.yml            a search; every trial runs this file
+"""
+
+import argparse
+import logging
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data_vit
+import nni_vit
+import report_vit
+import utils_vit
+import vit
+from config_vit import LEARNING_RATE, NOT_SAVED, Parser, UsageError, number, resolve
+from data_vit import DataError
+from utils_vit import CheckpointError, RunFailed, Stopped, StopSignals, TrainingState
+
+log = logging.getLogger("vit")
+
+
+def make_parser() -> Parser:
+    """The command line; every default is shown here, derived ones are filled in by `resolve`."""
+    # fmt: off
+    parser = Parser(
+        prog="main_vit.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+        epilog="Values come, later over earlier, from: defaults, --config, the command line, NNI.",
+    )
+    positive, share = number(int, 1), number(float, 0, 1)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--download-dir", type=Path, metavar="DIR", help="folder with train/ and, if there are, val/ and test/, or with class folders directly (default: the digits demo, written to ./dataset/digits)")
+    add("--num-classes", type=number(int, 2), metavar="N", help="must be the number of class folders (default: that number)")
+    add("-s", "--image-size", type=positive, metavar="PIXELS", help="images are resized to this square (default: 224; demo 16)")
+    add("-ch", "--channel", type=int, choices=(1, 3), help="1 reads grey, 3 reads RGB (default: 3; demo 1)")
+    add("--val-split", type=number(float, 0, 0.9, above=True), metavar="SHARE", help="part of train/ to select on; given, it wins over val/ (default: val/, else 0.1; demo 0.2)")
+    add("--flip", choices=tuple(data_vit.FLIPS), default="none", help="random flips in training (default: %(default)s)")
+    add("--affine", type=share, metavar="SHARE", default=0.0, help="random rotation, scale and shift in training; 1 is up to 45 degrees, a factor of 2 and half the side (default: %(default)s)")
+    add("--skip-broken", action="store_true", help="leave out images that cannot be decoded, instead of ending")
+    add("--cache-dir", type=Path, metavar="DIR", help="where decoded images are kept for later runs (default: ~/.cache/vit-nni)")
+    add("--workers", type=positive, metavar="N", help="threads that decode images (default: cores)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-a", "--arch", default="vit", help="vit, or another architecture of vit-pytorch: simple_vit, deepvit, cait, ... (default: %(default)s)")
+    add("-p", "--patch-size", type=positive, metavar="PIXELS", help="side of a patch (default: 16; demo 4)")
+    add("-pn", "--patch-num", type=positive, metavar="N", help="patches per side: patch size = image size / N")
+    add("-vd", "--vt-dim", type=positive, metavar="N", default=256, help="width of the tokens (default: %(default)s)")
+    add("-d", "--vt-depth", type=positive, metavar="N", default=6, help="transformer blocks (default: %(default)s)")
+    add("-vh", "--vt-heads", type=positive, metavar="N", default=8, help="attention heads (default: %(default)s)")
+    add("--dim-head", type=positive, metavar="N", help="width of a head (default: vt-dim / vt-heads, rounded down)")
+    add("-mlpd", "--mlp-dim", type=positive, metavar="N", default=512, help="hidden width of the feed-forward (default: %(default)s)")
+    add("--pool", choices=("cls", "mean"), help="what the head reads: class token or mean of the patches (default: cls)")
+    add("--dropout", type=share, metavar="SHARE", help="in attention and feed-forward (default: 0)")
+    add("--emb-dropout", type=share, metavar="SHARE", help="after the position embedding (default: 0)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("-e", "--epochs", type=positive, metavar="N", default=20, help="passes over the training images (default: %(default)s)")
+    add("--max-steps", type=positive, metavar="N", help="end after this many optimizer steps, validate and save")
+    add("-b", "--batch-size", type=positive, metavar="N", default=32, help="images per step (default: %(default)s)")
+    add("--optimizer", choices=tuple(LEARNING_RATE), default="adamw", help="(default: %(default)s)")
+    add("--lr", "--learning-rate", type=number(float, 0, above=True), metavar="RATE", help="peak learning rate (default: 5e-4; sgd 2e-2, rmsprop 2e-4)")
+    add("--momentum", type=share, metavar="SHARE", default=0.9, help="of sgd and rmsprop (default: %(default)s)")
+    add("--wd", "--weight-decay", dest="weight_decay", type=number(float, 0), metavar="RATE", help="on weight matrices only (default: 0.05 for adamw, else 1e-4)")
+    add("--label-smoothing", type=share, metavar="SHARE", default=0.0, help="(default: %(default)s)")
+    add("--clip-grad", type=number(float, 0), metavar="NORM", default=1.0, help="largest gradient norm, 0 for no limit (default: %(default)s)")
+    add("--moving-average-decay", type=share, metavar="SHARE", default=0.0, help="EMA of the weights, then validated and saved instead; 0 for none (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", default=0, help="of everything random (default: %(default)s)")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 is mixed precision; auto takes it where the device gains from it (default: %(default)s)")
+    add("--gpu", type=number(int, 0), metavar="N", help="CUDA device (default: the first if there is one, else the CPU)")
+    add("--threads", type=positive, metavar="N", help="CPU threads of the computation (default: torch's)")
+    add("--metric", choices=tuple(report_vit.METRICS), default="accuracy", help="of validation: selects the best epoch, is NNI's default metric (default: %(default)s)")
+
+    add = parser.add_argument_group("learning rate schedule").add_argument
+    add("--scheduler", choices=("cosine", "step", "constant"), help="(default: step if gamma is given, else cosine)")
+    add("-g", "--gamma", type=number(float, 0, 1, above=True), metavar="FACTOR", help="of the step schedule: multiplies the rate after every epoch")
+    add("--warmup-epochs", type=number(float, 0), metavar="N", help="of the cosine schedule (default: a tenth of the epochs)")
+    add("--dont-adjust-learning-rate", action="store_true", help="the same as --scheduler constant")
+
+    add = parser.add_argument_group("output, resume, NNI").add_argument
+    add("--model-dir", type=Path, metavar="DIR", help="output folder, under NNI its own (default: runs/<time>-<seed>)")
+    add("--resume", type=Path, metavar="FILE", help="continue the run of this checkpoint.pth.tar, in its folder")
+    add("--init-from", type=Path, metavar="FILE", help="start a new run from the weights of this checkpoint")
+    add("--config", type=Path, metavar="FILE", help="YAML of parameters; the args.yaml of a run repeats it")
+    add("--request-from-nni", action="store_true", help="take parameters from NNI and report to it")
+    add("--check", type=Path, metavar="FILE", help="check an NNI experiment (config.yml) and its search space, and end")
+    # fmt: on
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Bad input is one line on stderr and status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        parser = make_parser()
+        command_line = parser.given(argv)
+        if "check" in command_line:
+            import check_vit
+
+            return check_vit.check(command_line["check"], parser)
+        # Parameters are asked for before anything that can fail or takes long.
+        trial = nni_vit.Trial() if command_line.get("request_from_nni") else None
+        args = resolve(parser, argv, trial.ask() if trial else None)
+        # Our own lines and no other library's; NNI has replaced sys.stdout by now.
+        log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
+        log.setLevel(logging.INFO)
+        main_worker(args, trial)
+        return 0
+    except (UsageError, DataError, CheckpointError) as error:
+        print(f"main_vit.py: error: {error}", file=sys.stderr)
+        return 2
+    except (RunFailed, OSError) as error:
+        print(f"main_vit.py: {error}; what was saved before is whole", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before training, when there is nothing to save
+        utils_vit.end_by_signal(signal.SIGINT)
+    return 1
+
+
+def main_worker(args: argparse.Namespace, trial: nni_vit.Trial | None) -> None:
+    """One run, from the images to results.json. All that is written, logged and reported is so from here."""
+    output = output_folder(args, trial)
+    device = choose_device(args, trial)
+    data = open_data(args)
+    state = make_state(args, device)
+    if args.resume:
+        continue_run(state, args.resume, data.classes)
+    elif args.init_from:
+        data.notes.extend(start_from(state, args.init_from, data.classes))
+    parameters = saved_parameters(args)
+    utils_vit.replace_file(output / "args.yaml", yaml.safe_dump(parameters).encode())
+    for line in report_vit.describe(args, device, data, state.model, output, state.step):
+        log.info(line)
+
+    def save(is_best: bool) -> None:
+        extra = {"args": parameters, "classes": data.classes}
+        utils_vit.save_checkpoint(
+            state.state_dict() | extra, is_best, output / "checkpoint.pth.tar"
+        )
+
+    steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
+    total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
+    if trial:
+        trial.link_tensorboard()
+    # The line of an epoch that was cut short is written again when the epoch is completed.
+    whole_epochs = state.step // steps_per_epoch * steps_per_epoch
+    recorder = report_vit.Recorder(output, whole_epochs if state.step < total_steps else state.step)
+    signals = StopSignals()
+    try:
+        while state.step < total_steps or state.validated < state.step:
+            state.epoch = (state.step - bool(state.outputs)) // steps_per_epoch
+            line = {"epoch": state.epoch + 1}
+            line |= train(state, data.train, args, device, total_steps, signals)
+            metrics, _, _ = validate(state, data.val, args, device, signals)
+            line |= {f"val_{name}": value for name, value in metrics.items()}
+            if line[f"val_{args.metric}"] is None:
+                raise UsageError(f"--metric {args.metric} needs validation images of every class")
+            best = state.best and state.best[f"val_{args.metric}"]
+            is_best = best is None or report_vit.improves(
+                args.metric, line[f"val_{args.metric}"], best
+            )
+            if is_best:
+                state.best = line
+            state.validated = state.step
+            if state.step % steps_per_epoch == 0:
+                state.outputs = []
+            recorder.epoch(line)
+            save(is_best)
+            log.info(report_vit.epoch_text(line, args.epochs, is_best))
+            if trial:
+                trial.report(line["epoch"], nni_metrics(line, args.metric))
+        results = results_of(state, data, args, device, signals, output)
+    except Stopped:
+        if state.step < total_steps or state.validated < state.step:  # else all is saved already
+            save(is_best=False)
+        log.info(
+            f"stopped at step {state.step}; continue with --resume {output}/checkpoint.pth.tar"
+        )
+        if trial and state.best:
+            trial.finish(nni_metrics(state.best, args.metric))
+        utils_vit.end_by_signal(signals.received)
+    recorder.close(results)
+    for line in report_vit.results_text(results, output):
+        log.info(line)
+    if trial:
+        trial.finish(nni_metrics(state.best, args.metric))
+
+
+def train(
+    state: TrainingState,
+    split: data_vit.Split,
+    args: argparse.Namespace,
+    device: torch.device,
+    total_steps: int,
+    signals: StopSignals,
+) -> dict[str, float]:
+    """Train what is left of epoch number `state.epoch` (from 0); returns its metrics.
+
+    Raises Stopped between two steps, and RunFailed with the epoch and step if the loss is not finite.
+    """
+    steps_per_epoch = math.ceil(len(split) / args.batch_size)
+    start = state.step - state.epoch * steps_per_epoch
+    batches = data_vit.training_batches(
+        split, args.batch_size, device,
+        flip=args.flip, affine=args.affine, seed=utils_vit.seed_for(args.seed, "epoch", state.epoch), start=start,
+    )  # fmt: skip
+    # On a GPU a look at the loss waits for the step; there it is taken once in a while.
+    look_every = 1 if device.type == "cpu" else 50
+    state.model.train()
+    began, images_seen = time.perf_counter(), 0
+    for images, targets in tqdm(
+        batches,
+        f"epoch {state.epoch + 1}",
+        steps_per_epoch,
+        initial=start,
+        leave=False,
+        disable=None,
+    ):
+        if state.step == total_steps:
+            break
+        # At the middle of the step: neither the first nor the last one is lost to a rate of 0.
+        utils_vit.adjust_learning_rate(
+            state.optimizer, (state.step + 0.5) / steps_per_epoch, lr=args.lr,
+            epochs=args.epochs, scheduler=args.scheduler,
+            gamma=args.gamma, warmup_epochs=args.warmup_epochs,
+        )  # fmt: skip
+        loss, logits = training_step(state, images, targets, args)
+        state.outputs.append((loss, logits, targets))
+        images_seen += len(targets)
+        if state.step % look_every == 0:
+            check_finite(state)
+        signals.check()
+    check_finite(state)
+    seconds = time.perf_counter() - began
+
+    losses, logits, targets = zip(*state.outputs, strict=True)
+    targets = torch.cat(targets)
+    weights = torch.tensor([len(part) for part in logits], device=device)
+    loss = (torch.stack(losses) * weights).sum().item() / len(targets)
+    metrics = report_vit.measure(*to_numpy(torch.cat(logits), targets))
+    return {
+        "step": state.step,
+        "train_loss": loss,
+        **{f"train_{name}": value for name, value in metrics.items()},
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "images_per_second": images_seen / seconds,
+        "seconds": seconds,
+    }
+
+
+def training_step(
+    state: TrainingState, images: Tensor, targets: Tensor, args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step; returns the loss () and the logits (batch, classes), detached."""
+    torch.manual_seed(utils_vit.seed_for(args.seed, "step", state.step))  # dropout
+    with autocast(images.device, args.precision):
+        logits = state.model(images)
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.label_smoothing)
+    state.optimizer.zero_grad()
+    loss.backward()
+    if args.clip_grad:
+        nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
+    state.optimizer.step()
+    state.step += 1
+    if state.ema:
+        state.ema.update(state.model, state.step)
+    return loss.detach(), logits.detach().float()
+
+
+def check_finite(state: TrainingState) -> None:
+    """Raises RunFailed if a loss of this epoch is not finite."""
+    finite = torch.stack([loss for loss, _, _ in state.outputs]).isfinite()
+    if not finite.all():
+        step = state.step - len(finite) + int(finite.int().argmin()) + 1
+        raise RunFailed(
+            f"the loss is not finite at epoch {state.epoch + 1}, step {step}: a lower --lr may help"
+        )
+
+
+@torch.no_grad()
+def validate(
+    state: TrainingState,
+    split: data_vit.Split,
+    args: argparse.Namespace,
+    device: torch.device,
+    signals: StopSignals,
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """Every image of the split once, through the selected weights.
+
+    Returns the metrics, the probabilities (images, classes) and the targets (images,).
+    """
+    model = state.selected_model.eval()
+    logits, targets = [], []
+    for images, batch_targets, _ in data_vit.batches(split, max(args.batch_size, 64), device):
+        with autocast(device, args.precision):
+            logits.append(model(images).float())
+        targets.append(batch_targets)
+        signals.check()
+    loss = F.cross_entropy(torch.cat(logits), torch.cat(targets)).item()
+    if not math.isfinite(loss):
+        raise RunFailed(
+            f"the loss on held-out images is not finite after epoch {state.epoch + 1}, "
+            f"step {state.step}: a lower --lr may help"
+        )
+    probabilities, numbers = to_numpy(torch.cat(logits), torch.cat(targets))
+    return {"loss": loss, **report_vit.measure(probabilities, numbers)}, probabilities, numbers
+
+
+def results_of(
+    state: TrainingState,
+    data: data_vit.Data,
+    args: argparse.Namespace,
+    device: torch.device,
+    signals: StopSignals,
+    output: Path,
+) -> dict[str, Any]:
+    """What results.json holds: the best epoch and, read here and only here, the test images."""
+    saved = utils_vit.load_checkpoint(output / "model_best.pth.tar")
+    state.selected_model.load_state_dict(utils_vit.selected_weights(saved))
+    test = None
+    if data.test:
+        metrics, probabilities, targets = validate(state, data.test, args, device, signals)
+        test = metrics | report_vit.test_report(probabilities, targets, data.classes)
+    return {
+        "metric": args.metric,
+        "best_epoch": state.best["epoch"],
+        "validation": {k.removeprefix("val_"): v for k, v in state.best.items() if k[:4] == "val_"},
+        "test": test,
+        "classes": data.classes,
+        "images": {"train": len(data.train), "val": len(data.val), "test": len(data.test or ())},
+        "model_parameters": sum(p.numel() for p in state.model.parameters()),
+        "steps": state.step,
+        "device": str(device),
+        "torch": torch.__version__,
+    }
+
+
+# --- the parts of main_worker -----------------------------------------------------------------------
+
+
+def output_folder(args: argparse.Namespace, trial: nni_vit.Trial | None) -> Path:
+    """Make the folder that this run alone writes to. Raises UsageError if it cannot be written."""
+    if trial and trial.output_dir:
+        folder = trial.output_dir
+        # `nnictl resume` starts trials in flight again, in the folder that holds their checkpoint.
+        if (folder / "checkpoint.pth.tar").exists():
+            args.resume = folder / "checkpoint.pth.tar"
+    elif args.resume:
+        folder = args.resume.parent
+        if args.model_dir and args.model_dir.resolve() != folder.resolve():
+            raise UsageError(
+                f"--resume continues in {folder}, the folder of its checkpoint: leave --model-dir out"
+            )
+    elif args.model_dir:
+        folder = args.model_dir
+    else:
+        folder = Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{args.seed}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"output folder {folder} cannot be written: {error.strerror}; give --model-dir another"
+        ) from None
+    if not args.resume and (folder / "checkpoint.pth.tar").exists():
+        raise UsageError(
+            f"{folder} holds a run already: continue it with --resume {folder}/checkpoint.pth.tar "
+            "or give --model-dir another folder"
+        )
+    return folder
+
+
+def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torch.device:
+    """The device of the run, its number of threads, and the precision that `auto` stands for."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        device = torch.device("cpu")
+        capabilities = torch.cpu.get_capabilities()
+        fast_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    else:
+        turn = nni_vit.trial_gpu(trial.sequence_id, gpus) if trial else 0
+        device = torch.device("cuda", turn if args.gpu is None else args.gpu)
+        fast_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    if args.precision == "auto":
+        args.precision = "bfloat16" if fast_bfloat16 else "float32"
+    return device
+
+
+def open_data(args: argparse.Namespace) -> data_vit.Data:
+    """The images of --download-dir, or the demo."""
+    data = data_vit.open_data(
+        args.download_dir or data_vit.make_digits(),
+        num_classes=args.num_classes,
+        image_size=args.image_size,
+        channels=args.channel,
+        val_split=args.val_split,
+        seed=args.seed,
+        cache_dir=args.cache_dir or Path("~/.cache/vit-nni").expanduser(),
+        workers=args.workers or len(os.sched_getaffinity(0)),
+        skip_broken=args.skip_broken,
+    )
+    args.num_classes = len(data.classes)
+    return data
+
+
+def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
+    """Model with fresh weights, optimizer and EMA from the parameters."""
+    torch.manual_seed(utils_vit.seed_for(args.seed, "weights"))
+    model = vit.build_model(
+        args.arch, image_size=args.image_size, patch_size=args.patch_size, channels=args.channel,
+        num_classes=args.num_classes, dim=args.vt_dim, depth=args.vt_depth, heads=args.vt_heads,
+        mlp_dim=args.mlp_dim, dim_head=args.dim_head, pool=args.pool, dropout=args.dropout,
+        emb_dropout=args.emb_dropout,
+    ).to(device)  # fmt: skip
+    optimizer = utils_vit.make_optimizer(
+        args.optimizer, model, args.lr, args.weight_decay, args.momentum
+    )
+    return TrainingState(model, optimizer, args.moving_average_decay)
+
+
+def continue_run(state: TrainingState, file: Path, classes: list[str]) -> None:
+    """--resume: the whole state of a checkpoint. Raises CheckpointError if it is of another run."""
+    saved = utils_vit.load_checkpoint(file)
+    if saved["classes"] != classes:
+        raise CheckpointError(f"checkpoint {file} is of other classes than the data")
+    if saved["best"] and not file.with_name("model_best.pth.tar").exists():
+        raise CheckpointError(
+            f"{file.parent} has no model_best.pth.tar, which the run goes on with"
+        )
+    state.load_state_dict(saved)
+
+
+def start_from(state: TrainingState, file: Path, classes: list[str]) -> list[str]:
+    """--init-from: only the weights of a checkpoint; returns what the log should say of it."""
+    saved = utils_vit.load_checkpoint(file)
+    try:
+        changes = vit.load_pretrained(
+            state.model, utils_vit.selected_weights(saved), saved["classes"] == classes
+        )
+    except ValueError as error:
+        raise CheckpointError(
+            f"--init-from: {error}: give the model parameters that it was trained with"
+        ) from None
+    if state.ema:
+        state.ema.model.load_state_dict(state.model.state_dict())
+    return [f"init-from {file}: {change}" for change in changes or ["all weights as they were"]]
+
+
+def saved_parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """What args.yaml and checkpoints hold: every parameter with an effect, as plain types."""
+    values = {k: v for k, v in vars(args).items() if k not in NOT_SAVED and v is not None}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision for the forward pass."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def to_numpy(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (images, classes) and targets (images,) from logits."""
+    return logits.double().softmax(dim=1).cpu().numpy(), targets.cpu().numpy()
+
+
+def nni_metrics(line: dict[str, Any], metric: str) -> dict[str, float]:
+    """What NNI is told of an epoch: the metric as "default", all of validation beside it."""
+    values = {name: line[f"val_{name}"] for name in report_vit.METRICS}
+    return {"default": values[metric]} | {k: v for k, v in values.items() if v is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Everything that knows NNI 3.0: what a trial is given, what it reports, and the quirks around it."""
+
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("vit.nni")
+
+
+class Trial:
+    """One NNI trial: its parameters, reports and folder; without NNI {} and reports to nowhere."""
+
+    def __init__(self) -> None:
+        self.inside = "NNI_TRIAL_COMMAND_CHANNEL" in os.environ
+        self.id = os.environ.get("NNI_TRIAL_JOB_ID", "")
+        self.sequence_id = int(os.environ.get("NNI_TRIAL_SEQ_ID", "0"))
+        self.output_dir = Path(os.environ["NNI_OUTPUT_DIR"]) if self.inside else None
+        self._record: dict[str, Any] = {"trial_id": self.id, "sequence_id": self.sequence_id}
+        self._finished = False
+        if not self.inside:
+            return
+        import nni.trial
+
+        self._nni = nni.trial
+        logging.getLogger("nni.runtime.trial_command_channel").setLevel(logging.WARNING)
+        # A trial in flight at `nnictl stop` starts again, after `nnictl resume`, in the same folder.
+        record = self.output_dir / "nni.json"
+        if record.exists():
+            self._record["final"] = json.loads(record.read_text()).get("final")
+
+    def ask(self) -> dict[str, Any]:
+        """The parameters that NNI's page shows for this trial; to be called once."""
+        if not self.inside:
+            return {}
+        self._nni.get_next_parameter()
+        received = self._nni._params
+        # NNI hands queued parameters to whichever trial asks first but files them by trial. What is
+        # filed under our id is what the page shows and what resume repeats, so that is what we use,
+        # with its parameter_id, by which the tuner knows our results.
+        used = self._filed()
+        if used is None:
+            log.warning("NNI's record of this trial is out of reach; using what was received.")
+            used = received
+        self._nni._params = used
+        parameters = used["parameters"]
+        self._save(parameter_id=used["parameter_id"], parameters=parameters, received=received)
+        return dict(parameters)
+
+    def report(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Reports an epoch (from 1); metrics["default"] is what NNI plots and assesses."""
+        metrics = finite(metrics)
+        if self.inside:
+            # A trial that was resumed goes on with its curve; NNI alone would start it again at 0.
+            self._nni.overwrite_intermediate_seq(epoch - 1)
+            self._send(self._nni.report_intermediate_result, metrics)
+
+    def finish(self, metrics: dict[str, float]) -> bool:
+        """Reports the final result, once over all starts of the trial; whether it went out now."""
+        metrics = finite(metrics)
+        if not self.inside or self._finished:
+            return False
+        # A second final result can end the tuner. Whether one arrived before `nnictl stop` the manager
+        # knows best; our record answers where the manager cannot be asked.
+        delivered = self._rest("metric-data", "?type=FINAL")
+        if delivered is None:
+            delivered = self._record.get("final")
+        self._finished = True  # before sending: a signal in between must not send it again
+        if delivered or not self._send(self._nni.report_final_result, metrics):
+            return False
+        self._save(final=metrics)
+        return True
+
+    def link_tensorboard(self) -> None:
+        """Lets the TensorBoard button of NNI's page find output_dir/tensorboard."""
+        if not self.inside:
+            return
+        # 3.0 looks in <experiment>/trials/<id>/output, not in <experiment>/environments/*/trials/<id>.
+        link = self.output_dir.parents[3] / "trials" / self.id / "output"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # an earlier start made it, or NNI itself for its button
+            link.symlink_to(self.output_dir, target_is_directory=True)
+
+    def _filed(self) -> dict[str, Any] | None:
+        """The parameter record that the manager has filed under this trial's id."""
+        if os.environ["NNI_PLATFORM"] != "local":
+            return None  # on other platforms the channel does not lead to the manager
+        # The manager files it a moment after it starts the trial, so the first look may be too early.
+        for _ in range(50):
+            trial = self._rest("trial-jobs")
+            if trial is not None:
+                return json.loads(trial["hyperParameters"][0])
+            time.sleep(0.2)
+        return None
+
+    def _rest(self, kind: str, query: str = "") -> Any:
+        """What the manager's REST knows of this trial, None if nothing or out of reach."""
+        import requests
+
+        manager = os.environ["NNI_TRIAL_COMMAND_CHANNEL"].rpartition("/env/")[0]
+        try:
+            url = f"{manager}/api/v1/nni/{kind}/{self.id}{query}"
+            answer = requests.get(url, timeout=5)
+            answer.raise_for_status()
+            return answer.json()
+        except requests.RequestException:  # an answer that is not JSON is one of them
+            return None
+
+    def _send(self, report: Callable[[Any], None], metrics: dict[str, float]) -> bool:
+        """Reports; False if the manager is gone: `nnictl stop` ends it seconds before its trials."""
+        import requests
+
+        try:
+            report(metrics)
+        except requests.RequestException:
+            log.warning("NNI's manager is out of reach, not reported: %s", metrics)
+            return False
+        return True
+
+    def _save(self, **news: Any) -> None:
+        self._record |= news
+        temporary = self.output_dir / "nni.json.tmp"
+        temporary.write_text(json.dumps(self._record, indent=2))
+        temporary.replace(self.output_dir / "nni.json")
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics that NNI can take: without what is not finite; ValueError without a default."""
+    if not math.isfinite(metrics.get("default", math.nan)):
+        raise ValueError(f"NNI needs a finite 'default' metric: {metrics}")
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def trial_gpu(sequence_id: int, device_count: int) -> int:
+    """The GPU of a trial that sees several and was given none; concurrent trials get different ones."""
+    return sequence_id % device_count
+
+
+PYTHON = re.compile(r"""(^|[/"'])python[\d.]*["']?$|\.py["']?$""")
+SHELL = re.compile(r"""(^|/)(ba|da|z|k)?sh$|\.sh["']?$""")
+TOKEN = re.compile(
+    r"""(?P<redirection>&?\d*[<>]+(?!\()&?)|(?P<control>[;&|\n]+)|(?P<group>[()])"""
+    r"""|(?P<word>([$<>]\([^)]*\)|\\.|'[^']*'|"(\\.|[^"\\])*"|[^\s;&|<>()\\'"])+)""",
+    re.DOTALL,
+)
+
+
+def hides_signals(command: str) -> str | None:
+    """The part of a trialCommand that keeps NNI's SIGINT from Python, None if it gets through."""
+    # NNI signals bash, and only bash: Python gets it where bash turned into Python, which it does for
+    # the last command of a line if that stands plain, and for whatever is exec'ed.
+    command = command.replace("\\\n", " ").strip().rstrip(";")
+    words: list[str] = []
+    hiding = after_python = None
+    for token in TOKEN.finditer(command):
+        rest = command[token.start() :]
+        if token["word"]:
+            words.append(token[0])
+        elif token["control"] and token[0] not in ("|", "|&", "&"):  # ; && || newline
+            if any(map(PYTHON.search, words)):
+                after_python = rest
+            words, hiding = [], None
+        elif not token["redirection"] or "exec" not in words:
+            hiding = hiding or rest
+    program = next((word for word in words if "=" not in word), "")
+    if SHELL.search(program) or program in ("time", "eval", "!"):
+        hiding = hiding or command[command.rindex(program) :]
+    return hiding or (None if any(map(PYTHON.search, words)) else after_python)

@@ -1,0 +1,218 @@
+"""What a run measured and where it is written: metrics, results.json, TensorBoard, the two pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_vit import Data
+from utils_vit import replace_file
+
+# Direction in which a metric improves; accuracies are in percent, AUC in 0 to 1.
+METRICS = {"accuracy": "max", "balanced_accuracy": "max", "auc": "max", "loss": "min"}
+
+
+def improves(metric: str, value: float, best: float) -> bool:
+    """Whether `value` is better than `best`; equal is not."""
+    return value > best if METRICS[metric] == "max" else value < best
+
+
+def measure(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
+    """Accuracy and balanced accuracy in percent and AUC of (images, classes) against (images,).
+
+    AUC is macro one-vs-rest beyond two classes, and None where a class has no image.
+    """
+    from sklearn.metrics import recall_score
+
+    classes = np.arange(probabilities.shape[1])
+    predicted = probabilities.argmax(axis=1)
+    present = np.unique(targets)
+    recall = recall_score(targets, predicted, labels=present, average="macro", zero_division=0)
+    return {
+        "accuracy": 100 * float((predicted == targets).mean()),
+        "balanced_accuracy": 100 * float(recall),
+        "auc": _auc(probabilities, targets) if len(present) == len(classes) else None,
+    }
+
+
+def _auc(probabilities: np.ndarray, targets: np.ndarray) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    if probabilities.shape[1] == 2:
+        return float(roc_auc_score(targets, probabilities[:, 1]))
+    one_hot = targets[:, None] == np.arange(probabilities.shape[1])
+    return float(roc_auc_score(one_hot, probabilities, average="macro"))
+
+
+def test_report(
+    probabilities: np.ndarray, targets: np.ndarray, classes: list[str]
+) -> dict[str, Any]:
+    """The metrics of `measure` with 95 % intervals, recall per class and the confusion matrix.
+
+    The interval of the accuracy is Wilson's; the others are percentiles of 200 bootstrap resamples
+    within each class.
+    """
+    from scipy.stats import binomtest
+    from sklearn.metrics import confusion_matrix
+
+    report: dict[str, Any] = dict(measure(probabilities, targets))
+    matrix = confusion_matrix(targets, probabilities.argmax(axis=1), labels=range(len(classes)))
+    correct = int(matrix.trace())
+    interval = binomtest(correct, len(targets)).proportion_ci(method="wilson")
+    report["accuracy_95"] = [100 * interval.low, 100 * interval.high]
+
+    generator = np.random.default_rng(0)
+    members = [np.flatnonzero(targets == number) for number in np.unique(targets)]
+    resampled: dict[str, list[float]] = {"balanced_accuracy": [], "auc": []}
+    for _ in range(200):
+        sample = np.concatenate([generator.choice(group, len(group)) for group in members])
+        metrics = measure(probabilities[sample], targets[sample])
+        for name, values in resampled.items():
+            if metrics[name] is not None:
+                values.append(metrics[name])
+    for name, values in resampled.items():
+        report[f"{name}_95"] = np.percentile(values, [2.5, 97.5]).tolist() if values else None
+
+    counts = matrix.sum(axis=1)
+    report["recall"] = {
+        name: 100 * matrix[i, i] / counts[i] if counts[i] else None
+        for i, name in enumerate(classes)
+    }
+    report["confusion_matrix"] = matrix.tolist()  # rows are the true classes
+    report["images"] = len(targets)
+    return report
+
+
+def describe(
+    args: Any, device: torch.device, data: Data, model: torch.nn.Module, output: Path, step: int
+) -> list[str]:
+    """The first lines of a log: device, images, model, folder."""
+    name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    source = args.download_dir or "the digits demo (--download-dir for your own images)"
+    counts = f"{len(data.train):,} to train, {len(data.val):,} to validate"
+    counts += f", {len(data.test):,} to test" if data.test else ", no test/"
+    names = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
+    parameters = sum(p.numel() for p in model.parameters())
+    return [
+        f"device  {name}, CPU threads {torch.get_num_threads()}, {args.precision}",
+        f"data    {source}: {counts}; {len(data.classes)} classes: {names}",
+        *(f"        {note}" for note in data.notes),
+        f"model   {args.arch}, image {args.image_size} x {args.image_size} x {args.channel} in "
+        f"{args.patch_num} x {args.patch_num} patches, {parameters:,} parameters",
+        f"output  {output}",
+        *([f"resumed after step {step}"] if step else []),
+    ]
+
+
+def epoch_text(line: dict[str, Any], epochs: int, is_best: bool) -> str:
+    """One line of the log for one epoch."""
+    auc = "" if line["val_auc"] is None else f", auc {line['val_auc']:.4f}"
+    return (
+        f"epoch {line['epoch']:>3}/{epochs}  "
+        f"train loss {line['train_loss']:.4f}, accuracy {line['train_accuracy']:.2f} %  "
+        f"val loss {line['val_loss']:.4f}, accuracy {line['val_accuracy']:.2f} %, "
+        f"balanced {line['val_balanced_accuracy']:.2f} %{auc}  "
+        f"lr {line['lr']:.2e}  {line['images_per_second']:,.0f} images/s  {line['seconds']:.1f} s"
+        + ("  best" if is_best else "")
+    )
+
+
+def results_text(results: dict[str, Any], output: Path) -> list[str]:
+    """The last lines of a log: the best epoch, the test, the files."""
+    metric, test, best = results["metric"], results["test"], results["validation"]
+    beside = "" if metric == "accuracy" else f", {metric} {best[metric]:.4f}"
+    lines = [
+        f"best    epoch {results['best_epoch']}, selected by {metric}: "
+        f"validation accuracy {best['accuracy']:.2f} %{beside}"
+    ]
+    if test:
+        low, high = test["accuracy_95"]
+        auc = "" if test["auc"] is None else f", auc {test['auc']:.4f}"
+        lines.append(
+            f"test    accuracy {test['accuracy']:.2f} % (95 % interval {low:.1f} to {high:.1f}, "
+            f"{test['images']:,} images), balanced {test['balanced_accuracy']:.2f} %{auc}"
+        )
+    return [
+        *lines,
+        f"files   {output}: model_best.pth.tar, results.json, metrics.png, tensorboard/",
+    ]
+
+
+class Recorder:
+    """The files of one run that are not checkpoints: metrics.jsonl, tensorboard/, results.json, pictures."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Goes on after optimizer step `step`: lines of later ones, which will be run again, are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self.file = folder / "metrics.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        # A crash can leave half a line at the end.
+        whole = [line for line in lines if line.endswith("}")]
+        self.lines = [line for line in map(json.loads, whole) if line["step"] <= step]
+        replace_file(self.file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        epochs = self.lines[-1]["epoch"] if self.lines else 0
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=epochs + 1)
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """Append the metrics of one epoch, {"epoch": 1, "train_loss": ..., "val_accuracy": ..., ...}."""
+        self.lines.append(line)
+        with open(self.file, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if value is not None and name not in ("epoch", "step"):
+                part, _, metric = name.partition("_")  # of one part of the data, or of the run
+                tag = f"{part}/{metric}" if part in ("train", "val") else f"run/{name}"
+                self.tensorboard.add_scalar(tag, value, line["epoch"])
+        self.tensorboard.flush()
+
+    def close(self, results: dict[str, Any]) -> None:
+        """Write results.json and draw metrics.png and, if there was a test, confusion_matrix.png."""
+        replace_file(self.folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+        draw_metrics(self.lines, results["best_epoch"], self.folder / "metrics.png")
+        if results["test"] is not None:
+            matrix = np.array(results["test"]["confusion_matrix"])
+            draw_confusion_matrix(matrix, results["classes"], self.folder / "confusion_matrix.png")
+        self.tensorboard.close()
+
+
+def draw_metrics(lines: list[dict[str, Any]], best_epoch: int, file: Path) -> None:
+    """Loss and accuracy of training and validation by epoch, the best epoch marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    epochs = [line["epoch"] for line in lines]
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for part in ("train", "val"):
+            values = [line[f"{part}_{name}"] for line in lines]
+            axes.plot(
+                epochs, values, marker=".", label={"train": "training", "val": "validation"}[part]
+            )
+        axes.axvline(best_epoch, color="grey", linestyle=":", label=f"best epoch, {best_epoch}")
+        axes.set(xlabel="epoch", ylabel=name + (" (%)" if name == "accuracy" else ""))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def draw_confusion_matrix(matrix: np.ndarray, classes: list[str], file: Path) -> None:
+    """Counts of (true class, predicted class) on the test images, shaded by the share of the true class."""
+    from matplotlib.figure import Figure
+
+    side = max(3.5, 0.5 * len(classes) + 1.5)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(classes) <= 30:  # beyond that the numbers would not be legible
+        for (row, column), count in np.ndenumerate(matrix):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=color)
+    ticks = range(len(classes))
+    axes.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, classes)
+    axes.set(xlabel="predicted", ylabel="true", title="test images")
+    figure.savefig(file, dpi=120)

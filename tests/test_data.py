@@ -1,0 +1,569 @@
+"""Listing, splitting, decoding, caching and batching of real image files."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import data_vit
+from data_vit import (
+    DataError,
+    Split,
+    batches,
+    decode_folder,
+    decode_image,
+    hold_out,
+    make_digits,
+    open_data,
+    read_image_folder,
+    training_batches,
+)
+
+REPOSITORY = Path(data_vit.__file__).parent
+CPU = torch.device("cpu")
+MakeImages = Callable[..., Path]
+
+
+def open_small(folder: Path, **changes: object) -> data_vit.Data:
+    arguments = {
+        "num_classes": None, "image_size": 8, "channels": 3, "val_split": None, "seed": 0,
+        "cache_dir": folder.parent / "cache", "workers": 2, "skip_broken": False,
+    }  # fmt: skip
+    return open_data(folder, **arguments | changes)
+
+
+def counts(data: data_vit.Data) -> tuple[int, int, int | None]:
+    return len(data.train), len(data.val), None if data.test is None else len(data.test)
+
+
+def python(code: str, *args: object) -> subprocess.Popen:
+    """A process of its own that runs `code` with the repository's modules."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+# --- the folder -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("splits", "val_split", "expected"),
+    [
+        ({"train": 20}, None, (36, 4, None)),
+        ({"train": 20}, 0.5, (20, 20, None)),
+        ({"train": 20, "test": 5}, None, (36, 4, 10)),
+        ({"train": 20, "val": 3}, None, (40, 6, None)),
+        ({"train": 20, "val": 3, "test": 5}, 0.2, (32, 8, 10)),  # given, it wins over val/
+        ({".": 20}, None, (36, 4, None)),  # class folders directly
+    ],
+    ids=str,
+)
+def test_splits(
+    splits: dict, val_split: float, expected: tuple, tmp_path: Path, make_images: MakeImages
+) -> None:
+    for seed, (name, count) in enumerate(splits.items()):
+        make_images(tmp_path / "data" / name, ["cat", "dog"], count, seed)
+    data = open_small(tmp_path / "data", val_split=val_split)
+    assert counts(data) == expected
+    assert data.classes == ["cat", "dog"]
+    if len(data.train.pixels) == len(data.val.pixels):
+        assert not set(data.train.indices) & set(data.val.indices)
+
+
+def test_pixels_belong_to_their_class_in_every_split(
+    tmp_path: Path, make_images: MakeImages
+) -> None:
+    for seed, name in enumerate(("train", "val", "test")):
+        make_images(tmp_path / "data" / name, ["cat", "dog", "eel"], 4, seed)
+    data = open_small(tmp_path / "data")
+    for split in (data.train, data.val, data.test):
+        brightest = split.pixels[split.indices].mean(axis=(2, 3)).argmax(axis=1)
+        assert brightest.tolist() == split.targets[split.indices].tolist()  # cat is red = 0, ...
+
+
+def test_listing_nested_hidden_and_linked(tmp_path: Path, make_images: MakeImages) -> None:
+    make_images(tmp_path, ["cat", "dog"], 2)
+    cat = tmp_path / "cat"
+    (cat / "old").mkdir()
+    (cat / "000.png").rename(cat / "old" / "A.PNG")
+    (cat / ".hidden.png").write_bytes(b"")
+    (cat / ".cache").mkdir()
+    (cat / ".cache" / "x.png").write_bytes(b"")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "notes.txt").write_text("beside the classes")
+    (cat / "notes.txt").write_text("")
+    (cat / "README").write_text("")
+    (cat / "circle").symlink_to(tmp_path / "cat", target_is_directory=True)
+    make_images(tmp_path / ".elsewhere", ["cat"], 3)
+    (cat / "more").symlink_to(tmp_path / ".elsewhere" / "cat", target_is_directory=True)
+    images = read_image_folder(tmp_path)
+    assert images.classes == ["cat", "dog"]
+    names = [str(path.relative_to(tmp_path)) for path in images.paths]
+    assert names == [
+        *("cat/001.png", "cat/more/000.png", "cat/more/001.png", "cat/more/002.png"),
+        *("cat/old/A.PNG", "dog/000.png", "dog/001.png"),
+    ]
+    assert images.targets.tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert images.ignored == {".txt": 1, "README": 1}
+
+
+def test_ignored_files_are_noted(image_folder: Path) -> None:
+    (image_folder / "train" / "cat" / "a.heic").write_bytes(b"")
+    assert any("1 x .heic" in note for note in open_small(image_folder).notes)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize(
+    ("classes", "named"), [(["cat", "eel"], "dog, eel"), (["cat", "dog", "eel"], ": eel")]
+)
+def test_a_split_with_other_classes(
+    split: str, classes: list[str], named: str, image_folder: Path, make_images: MakeImages
+) -> None:
+    make_images(image_folder / split, classes, 2)
+    if "dog" not in classes:
+        for file in (image_folder / split).glob("dog/*"):
+            file.unlink()
+        if (image_folder / split / "dog").exists():
+            (image_folder / split / "dog").rmdir()
+    with pytest.raises(DataError, match=f"{split} has other classes than train/.*{named}"):
+        open_small(image_folder)
+
+
+def test_folders_that_cannot_be_trained_on(tmp_path: Path, make_images: MakeImages) -> None:
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        open_small(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="has 0 class folders"):
+        open_small(tmp_path)
+    make_images(tmp_path / "data", ["cat"], 2)
+    with pytest.raises(DataError, match="has 1 class folders"):
+        open_small(tmp_path / "data")
+    (tmp_path / "data" / "dog").mkdir()
+    with pytest.raises(DataError, match="dog has no images"):
+        open_small(tmp_path / "data")
+    make_images(tmp_path / "data", ["dog"], 1)
+    with pytest.raises(DataError, match="1 image.* one each"):
+        open_small(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("members", "fraction", "expected"),
+    [((100, 20), 0.1, (10, 2)), ((3, 2), 0.1, (1, 1)), ((10, 2), 0.9, (9, 1))],
+)
+def test_hold_out_is_stratified_and_seeded(
+    members: tuple[int, int], fraction: float, expected: tuple[int, int]
+) -> None:
+    targets = np.repeat([0, 1], members)
+    train, held_out = hold_out(targets, fraction, seed=1)
+    assert np.bincount(targets[held_out]).tolist() == list(expected)
+    assert sorted([*train, *held_out]) == list(range(len(targets)))
+    again = hold_out(targets, fraction, seed=1)[1]
+    assert np.array_equal(again, held_out)
+    others = [hold_out(targets, fraction, seed)[1] for seed in range(2, 12)]
+    assert not all(np.array_equal(other, held_out) for other in others)
+
+
+def test_few_validation_images_are_pointed_out(image_folder: Path) -> None:
+    assert any("validation has only 4 images" in note for note in open_small(image_folder).notes)
+
+
+# --- decoding ---------------------------------------------------------------------------------------
+
+RED, WHITE = [255, 0, 0], [255, 255, 255]
+GREY_OF_RED = 76  # ITU-R 601: 0.299 * 255
+
+
+def paletted(transparent: bool) -> Image.Image:
+    image = Image.new("P", (6, 6), 1)
+    image.putpalette([0, 0, 255, *RED])
+    if transparent:
+        image.info["transparency"] = 1
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "rgb", "grey"),
+    [
+        (Image.new("L", (6, 6), 90), "png", [90] * 3, 90),
+        (Image.new("RGB", (6, 6), "red"), "png", RED, GREY_OF_RED),
+        (Image.new("RGB", (6, 6), "red"), "jpg", RED, GREY_OF_RED),
+        (Image.new("RGBA", (6, 6), (255, 0, 0, 255)), "png", RED, GREY_OF_RED),
+        (Image.new("RGBA", (6, 6), (255, 0, 0, 0)), "png", WHITE, 255),
+        (Image.new("RGBA", (6, 6), (255, 0, 0, 128)), "png", [255, 127, 127], 165),
+        (Image.new("LA", (6, 6), (90, 255)), "png", [90] * 3, 90),
+        (Image.new("LA", (6, 6), (90, 0)), "png", WHITE, 255),
+        (paletted(transparent=False), "png", RED, GREY_OF_RED),
+        (paletted(transparent=True), "png", WHITE, 255),
+        (paletted(transparent=True), "gif", WHITE, 255),
+        (Image.new("CMYK", (6, 6), (0, 255, 255, 0)), "tif", RED, GREY_OF_RED),
+        (Image.new("CMYK", (6, 6), (0, 255, 255, 0)), "jpg", RED, GREY_OF_RED),
+        (Image.new("1", (6, 6), 1), "png", WHITE, 255),
+        (Image.new("1", (6, 6), 0), "tif", [0] * 3, 0),
+        (Image.fromarray(np.full((6, 6), 40_000, np.uint16)), "png", [156] * 3, 156),
+        (Image.fromarray(np.full((6, 6), 40_000, np.uint16)), "tif", [156] * 3, 156),
+        (Image.fromarray(np.full((6, 6), 40_000, np.int32)), "tif", [156] * 3, 156),
+    ],
+    ids=lambda value: getattr(value, "mode", None) or str(value),
+)
+def test_decoding_every_kind_of_file(
+    image: Image.Image, suffix: str, rgb: list[int], grey: int, tmp_path: Path
+) -> None:
+    file = tmp_path / f"image.{suffix}"
+    image.save(file)
+    for channels, expected in ((3, rgb), (1, [grey])):
+        pixels = decode_image(file, 4, channels)
+        assert pixels.dtype == np.uint8 and pixels.shape == (channels, 4, 4)
+        expected = np.broadcast_to(np.array(expected)[:, None, None], pixels.shape)
+        np.testing.assert_allclose(pixels, expected, atol=2)
+
+
+@pytest.mark.parametrize("size", [(40, 8), (8, 40)])
+def test_non_square_images_are_squeezed(size: tuple[int, int], tmp_path: Path) -> None:
+    image = Image.new("L", size, 0)
+    image.paste(200, (size[0] // 2, 0, *size))  # the right half
+    image.save(tmp_path / "a.png")
+    pixels = decode_image(tmp_path / "a.png", 8, 1)[0]
+    assert (pixels[:, :3] < 10).all() and (pixels[:, 5:] > 190).all()
+
+
+@pytest.mark.parametrize(
+    ("orientation", "bright"),  # an image whose top half is bright, and where that half belongs
+    [
+        (1, np.s_[:3]), (2, np.s_[:3]), (3, np.s_[5:]), (4, np.s_[5:]),
+        (5, np.s_[:, :3]), (6, np.s_[:, 5:]), (7, np.s_[:, 5:]), (8, np.s_[:, :3]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_exif_rotation(orientation: int, bright: tuple, suffix: str, tmp_path: Path) -> None:
+    image = Image.new("L", (64, 32), 0)
+    image.paste(255, (0, 0, 64, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / f"a.{suffix}", exif=exif)
+    pixels = decode_image(tmp_path / f"a.{suffix}", 8, 1)[0]
+    assert (pixels[bright] > 240).all()
+    assert pixels.mean() == pytest.approx(127.5, abs=5)
+
+
+def test_a_large_photo_keeps_its_content(tmp_path: Path) -> None:
+    """JPEGs are decoded at a fraction of their size; the result is that of the whole image."""
+    x = np.linspace(0, 255, 512)
+    image = Image.fromarray(np.broadcast_to(x, (512, 512)).astype(np.uint8)).convert("RGB")
+    image.save(tmp_path / "a.jpg", quality=95)
+    image.save(tmp_path / "a.png")
+    jpg, png = (decode_image(tmp_path / f"a.{s}", 16, 3).astype(int) for s in ("jpg", "png"))
+    assert abs(jpg - png).max() <= 4
+
+
+def break_images(folder: Path) -> list[str]:
+    """Adds four broken images to the class cat; returns their names."""
+    whole = (folder / "cat" / "000.png").read_bytes()
+    (folder / "cat" / "empty.png").write_bytes(b"")
+    (folder / "cat" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "cat" / "text.jpg").write_text("not an image")
+    (folder / "cat" / "nowhere.png").symlink_to(folder / "nowhere.png")
+    return ["empty.png", "half.png", "text.jpg", "nowhere.png"]
+
+
+def test_broken_images_are_named_or_skipped(image_folder: Path) -> None:
+    names = break_images(image_folder / "train")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(image_folder / "test" / "dog" / "float.tif")
+    for _ in range(2):  # from the files and from the cache
+        with pytest.raises(DataError, match="5 images cannot be decoded.*--skip-broken") as raised:
+            open_small(image_folder)
+        assert all(name in str(raised.value) for name in [*names, "float.tif"])
+        assert "\n" not in str(raised.value)
+    data = open_small(image_folder, skip_broken=True, val_split=0.5)
+    assert counts(data) == (20, 20, 20)
+    assert any("5 images cannot be decoded" in note and names[0] in note for note in data.notes)
+    for split in (data.train, data.val, data.test):
+        assert (split.pixels[split.indices].mean(axis=(1, 2, 3)) > 60).all()  # none is left empty
+
+
+def test_many_broken_images_are_counted(image_folder: Path) -> None:
+    for i in range(7):
+        (image_folder / "train" / "cat" / f"broken{i}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="7 images cannot be decoded.*broken4.*; and 2 more"):
+        open_small(image_folder)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_of_which_nothing_is_left(
+    split: str, image_folder: Path, make_images: MakeImages
+) -> None:
+    make_images(image_folder / "val", ["cat", "dog"], 3)
+    for file in (image_folder / split).glob("*/*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=split):
+        open_small(image_folder, skip_broken=True)
+
+
+def test_a_class_of_which_nothing_is_left(image_folder: Path) -> None:
+    for file in (image_folder / "train" / "cat").glob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="cat"):
+        open_small(image_folder, skip_broken=True)
+
+
+# --- the cache --------------------------------------------------------------------------------------
+
+
+def decode_small(folder: Path, size: int = 8, channels: int = 3) -> data_vit.DecodedImages:
+    return decode_folder(read_image_folder(folder), size, channels, folder.parent / "cache", 2)
+
+
+def test_cache_is_reused_and_each_size_and_channel_has_its_own(image_folder: Path) -> None:
+    folder = image_folder / "train"
+    first, second = decode_small(folder), decode_small(folder)
+    assert (first.built, second.built) == (True, False)
+    assert np.array_equal(first.pixels, second.pixels)
+    others = [decode_small(folder, 12), decode_small(folder, 8, 1)]
+    assert [other.built for other in others] == [True, True]
+    assert len({first.file, second.file, *(other.file for other in others)}) == 3
+    assert not decode_small(folder).built
+    assert not list(first.file.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("change", ["content", "add", "remove", "rename", "broken"])
+def test_cache_follows_the_folder(change: str, image_folder: Path) -> None:
+    folder = image_folder / "train"
+    before = decode_small(folder)
+    image = folder / "cat" / "000.png"
+    match change:
+        case "content":
+            Image.new("RGB", (12, 12), "white").save(image)
+        case "add":
+            Image.new("RGB", (12, 12), "white").save(folder / "cat" / "zzz.png")
+        case "remove":
+            image.unlink()
+        case "rename":
+            image.rename(folder / "dog" / "zzz.png")
+        case "broken":
+            image.write_bytes(b"")
+    after = decode_small(folder)
+    assert after.built and after.file != before.file
+    images = read_image_folder(folder)
+    for i, path in enumerate(images.paths):
+        if i not in after.broken:
+            assert np.array_equal(after.pixels[i], decode_image(path, 8, 3))
+    assert (0 in after.broken) == (change == "broken")
+
+
+def test_two_processes_build_a_cold_cache_once(image_folder: Path) -> None:
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        from data_vit import decode_folder, read_image_folder
+        folder, start = Path(sys.argv[1]), float(sys.argv[2])
+        images = read_image_folder(folder)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        decoded = decode_folder(images, 64, 3, folder.parent / "cache", 1)
+        print(decoded.built, int(decoded.pixels.sum(dtype=int)), decoded.file)
+    """
+    command = [sys.executable, "-c", code, str(image_folder / "train"), "0"]
+    both = [
+        subprocess.Popen(
+            command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+    for process in both:  # both have imported everything: now at once
+        process.stdin.write("\n")
+        process.stdin.flush()
+    answers = [process.communicate(timeout=60)[0].split(maxsplit=1) for process in both]
+    assert sorted(built for built, _ in answers) == ["False", "True"]
+    assert answers[0][1] == answers[1][1]
+
+
+def test_cache_folder_that_cannot_be_one(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cannot be kept in .*file/cache.*--cache-dir"):
+        open_small(image_folder, cache_dir=tmp_path / "file" / "cache")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_cache_folder_without_permission(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(DataError, match="locked.*--cache-dir"):
+        open_small(image_folder, cache_dir=tmp_path / "locked")
+
+
+def test_disk_full(image_folder: Path, tmp_path: Path) -> None:
+    """The largest file that the process may write is smaller than the cache."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # 40 images of 3 x 16 x 16: 30,848
+    try:
+        with pytest.raises(DataError, match="cannot be kept in .*cache: File too large.*room"):
+            open_small(image_folder, image_size=16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert counts(open_small(image_folder, image_size=16)) == (36, 4, 20)
+
+
+def test_a_damaged_cache_file_is_built_again(image_folder: Path) -> None:
+    """What a crash of the machine can leave behind."""
+    before = decode_small(image_folder / "train")
+    before.file.write_bytes(before.file.read_bytes()[:1000])
+    after = decode_small(image_folder / "train")
+    assert np.array_equal(after.pixels[0], decode_image(image_folder / "train/cat/000.png", 8, 3))
+
+
+# --- the demo ---------------------------------------------------------------------------------------
+
+
+def test_digits_written_by_two_processes_at_once(tmp_path: Path) -> None:
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from data_vit import make_digits
+        print(make_digits(Path(sys.argv[1])))
+    """
+    both = [python(code, tmp_path / "dataset" / "digits") for _ in range(2)]
+    folder = make_digits(tmp_path / "dataset" / "digits")  # and this one is the third
+    for process in both:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert out.strip() == str(folder)
+    assert [path.name for path in (tmp_path / "dataset").iterdir()] == ["digits"]
+
+    digits = load_digits()
+    files = {int(path.stem): path for path in folder.glob("*/*/*.png")}
+    assert len(files) == len(list(folder.rglob("*.png"))) == 1797
+    for index, path in list(files.items())[::100]:
+        assert path.parent.name == str(digits.target[index])
+        pixels = np.asarray(Image.open(path)) * (16 / 255)
+        np.testing.assert_allclose(pixels, digits.images[index], atol=0.05)
+    for number in range(10):
+        parts = [len(list((folder / part / str(number)).iterdir())) for part in ("train", "test")]
+        assert parts[1] == round(0.2 * sum(parts))
+
+
+# --- batches ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def split() -> Split:
+    """13 images of 30, every one different from all others, and from itself when flipped."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (30, 1, 4, 4), np.uint8)
+    targets = np.arange(30) % 3
+    return Split(pixels, targets, np.arange(2, 28, 2))
+
+
+def rows(split: Split, images: torch.Tensor, dims: tuple[int, ...] = ()) -> list[int]:
+    """Which rows of `split.pixels` these are, when flipped along `dims`."""
+    pixels = images.flip(dims).add(1).mul(127.5).round().to(torch.uint8).numpy()
+    return [
+        next((i for i, own in enumerate(split.pixels) if np.array_equal(own, image)), -1)
+        for image in pixels
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 13, 50])
+def test_batches_show_every_image_once(batch_size: int, split: Split) -> None:
+    seen = []
+    for images, targets, positions in batches(split, batch_size, CPU):
+        assert images.dtype == torch.float32 and images.abs().max() <= 1
+        assert rows(split, images) == split.indices[positions].tolist()
+        assert targets.tolist() == split.targets[split.indices[positions]].tolist()
+        seen += rows(split, images)
+    assert seen == split.indices.tolist()
+
+
+def test_pixels_are_scaled_to_minus_one_to_one() -> None:
+    pixels = np.array([0, 255, 51], np.uint8).reshape(3, 1, 1, 1)
+    split = Split(pixels, np.zeros(3, np.int64), np.arange(3))
+    images, _, _ = next(batches(split, 3, CPU))
+    torch.testing.assert_close(images.flatten(), torch.tensor([-1.0, 1.0, -0.6]))
+
+
+@pytest.mark.parametrize("flip", list(data_vit.FLIPS))
+def test_an_epoch_shows_every_image_once(flip: str, split: Split) -> None:
+    dims = data_vit.FLIPS[flip]
+    epoch = list(training_batches(split, 4, CPU, flip=flip, affine=0.0, seed=5))
+    assert [len(targets) for _, targets in epoch] == [4, 4, 4, 1]
+    images, targets = (torch.cat(part) for part in zip(*epoch, strict=True))
+    ways = {(): rows(split, images)} | {(d,): rows(split, images, (d,)) for d in dims}
+    if len(dims) == 2:
+        ways[dims] = rows(split, images, dims)
+    found = [[row for row in image if row >= 0] for image in zip(*ways.values(), strict=True)]
+    assert all(len(image) == 1 for image in found)
+    order = [image[0] for image in found]
+    assert sorted(order) == split.indices.tolist() and order != sorted(order)
+    assert targets.tolist() == split.targets[order].tolist()
+    for way in ways.values():  # each way of flipping happens, and none of them always
+        assert any(row >= 0 for row in way)
+        assert len(ways) == 1 or any(row < 0 for row in way)
+
+
+@pytest.mark.parametrize("affine", [0.0, 0.4])
+def test_epochs_follow_from_their_seed(affine: float, split: Split) -> None:
+    def epoch(seed: int, start: int = 0) -> list[torch.Tensor]:
+        iterator = training_batches(
+            split, 4, CPU, flip="both", affine=affine, seed=seed, start=start
+        )
+        return [part for batch in iterator for part in batch]
+
+    def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+        return len(a) == len(b) and all(map(torch.equal, a, b))
+
+    whole = epoch(1)
+    assert equal(whole, epoch(1))
+    assert not equal(whole, epoch(2))
+    for start in range(5):  # resumed in its middle it goes on with the same images
+        assert equal(whole[2 * start :], epoch(1, start))
+
+
+def test_batch_size_does_not_change_what_a_sample_gets(split: Split) -> None:
+    def epoch(batch_size: int) -> torch.Tensor:
+        parts = training_batches(split, batch_size, CPU, flip="both", affine=0.2, seed=3)
+        return torch.cat([images for images, _ in parts])
+
+    torch.testing.assert_close(epoch(2), epoch(7))
+
+
+@pytest.mark.parametrize(
+    ("draws", "expected"),
+    [
+        ([0, 0, 0, 0], np.s_[3:5, 3:5]),  # nothing moves
+        ([0, -1, 0, 0], np.s_[2:6, 2:6]),  # twice as large
+        ([0, 0, 0.5, 0], np.s_[3:5, 1:3]),  # a quarter of the side to the left
+        ([0, 0, 0, -0.5], np.s_[5:7, 3:5]),  # and down
+    ],
+    ids=str,
+)
+def test_affine_moves_what_it_says(draws: list[float], expected: tuple) -> None:
+    images = torch.full((1, 3, 8, 8), -1.0)
+    images[..., 3:5, 3:5] = 1.0
+    moved = data_vit.move_randomly(images, torch.tensor([draws], dtype=torch.float32))
+    bright = torch.full((8, 8), False)
+    bright[expected] = True
+    assert ((moved > 0) == bright).all()
+
+
+def test_affine_rotates_by_up_to_45_degrees() -> None:
+    rows, columns = torch.meshgrid(torch.arange(33) - 16, torch.arange(33) - 16, indexing="ij")
+    images = (2.0 * (columns.abs() < 2) - 1)[None, None]  # a vertical bar
+    moved = data_vit.move_randomly(images, torch.tensor([[1.0, 0, 0, 0]]))[0, 0] > 0
+    inside = (rows.abs() < 11) & (columns.abs() < 11)
+    distance = torch.minimum((rows - columns).abs(), (rows + columns).abs())
+    assert (distance[moved & inside] <= 3).all() and moved[inside].sum() > 40
+
+
+def test_open_data_notes_are_lines(image_folder: Path) -> None:
+    notes = open_small(image_folder).notes
+    assert sum("decoded" in note for note in notes) == 2  # train/ and test/
+    assert not any("decoded" in note for note in open_small(image_folder).notes)
+    assert "\n" not in json.dumps(notes).replace("\\n", "\n")

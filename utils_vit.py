@@ -1,0 +1,273 @@
+"""Checkpoints, the training state, optimizers, schedules, EMA and seeds: what a run needs beside its model."""
+
+import copy
+import hashlib
+import io
+import logging
+import math
+import os
+import shutil
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHECKPOINT_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, foreign or of another model; the text is one line."""
+
+
+def save_checkpoint(
+    state: dict[str, Any], is_best: bool, filename: str | Path = "checkpoint.pth.tar"
+) -> None:
+    """Write `state` to `filename`, whole or not at all; the best also to `model_best.pth.tar` beside it.
+
+    Raises OSError (disk full, read-only folder); the file that was there before is then still whole.
+    """
+    filename = Path(filename)
+    # torch.save into memory first: its zip writer turns a full disk into a RuntimeError without a cause.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    replace_file(filename, buffer.getbuffer())
+    if is_best:
+        _link_or_copy(filename, filename.with_name("model_best.pth.tar"))
+
+
+def replace_file(filename: Path, content: bytes | memoryview) -> None:
+    """Write a file atomically and durably: temporary file in the same folder, fsync, rename, fsync."""
+    temporary = filename.with_name(f".{filename.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, filename)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(filename.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, atomically. `source` is later replaced, never rewritten."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def load_checkpoint(filename: str | Path) -> dict[str, Any]:
+    """The state that `save_checkpoint` wrote, on the CPU. Runs no code from the file. Raises CheckpointError."""
+    try:
+        state = torch.load(filename, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {filename} does not exist") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise CheckpointError(f"checkpoint {filename} cannot be read: {error.strerror}") from None
+    except Exception:  # whatever a damaged or hostile file makes torch's reader raise
+        raise CheckpointError(
+            f"checkpoint {filename} is damaged or was not written by main_vit.py"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"checkpoint {filename} was not written by this main_vit.py")
+    return state
+
+
+def selected_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint that were validated: the averaged ones where the run had them."""
+    return state["model"] if state["ema"] is None else state["ema"]
+
+
+class Ema:
+    """Exponential moving average of a model's weights, in `self.model`.
+
+    The decay is warmed up as (1 + n) / (10 + n) (TensorFlow's ExponentialMovingAverage), so that a
+    short run is not left with its initial weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move towards the weights of `model` after optimizer step number `step` (from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for average, value in zip(self.model.parameters(), model.parameters(), strict=True):
+            average.lerp_(value, 1 - decay)
+        for average, value in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(value)
+
+
+class TrainingState:
+    """Everything that a resumed run needs; what `state_dict` writes is what `load_state_dict` reads.
+
+    Random numbers are not in it: they follow from (seed, epoch, sample) and (seed, step), see `seed_for`.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float | None
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.ema = Ema(model, ema_decay) if ema_decay else None
+        self.epoch = 0  # the epoch under way
+        self.step = 0  # optimizer steps taken
+        self.validated = 0  # the step after which validation came last
+        self.best: dict[str, Any] | None = None  # the metrics line of the best epoch
+        # Of each step of the epoch under way: loss, logits (batch, classes), targets (batch,).
+        self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @property
+    def selected_model(self) -> nn.Module:
+        """The model that is validated, saved as the best and used afterwards."""
+        return self.model if self.ema is None else self.ema.model
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "validated": self.validated,
+            "best": self.best,
+            "outputs": self.outputs,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint of the same configuration. Raises CheckpointError if it is another."""
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.model.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the checkpoint does not fit this model: {reason}") from None
+        device = next(self.model.parameters()).device
+        self.epoch, self.step, self.validated = state["epoch"], state["step"], state["validated"]
+        self.best = state["best"]
+        self.outputs = [tuple(part.to(device) for part in step) for step in state["outputs"]]
+
+
+def make_optimizer(
+    name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float
+) -> torch.optim.Optimizer:
+    """adam, adamw, sgd or rmsprop; weight decay on the matrices of linear and convolution layers only.
+
+    Norms, biases, embeddings and tokens are not decayed, as in the ViT paper's successors (DeiT, timm).
+    """
+    matrices = {
+        module.weight for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    groups = [
+        {
+            "params": [p for p in model.parameters() if p in matrices],
+            "weight_decay": weight_decay,
+        },
+        {"params": [p for p in model.parameters() if p not in matrices], "weight_decay": 0.0},
+    ]
+    match name:
+        case "adam":
+            return torch.optim.Adam(groups, lr, fused=True)
+        case "adamw":
+            return torch.optim.AdamW(groups, lr, fused=True)
+        case "sgd":
+            return torch.optim.SGD(groups, lr, momentum=momentum, fused=True)
+        case "rmsprop":
+            return torch.optim.RMSprop(groups, lr, momentum=momentum)
+    raise ValueError(f"optimizer '{name}' is not adam, adamw, sgd or rmsprop")
+
+
+def adjust_learning_rate(
+    optimizer: torch.optim.Optimizer,
+    epoch: float,
+    *,
+    lr: float,
+    epochs: float,
+    scheduler: str,
+    gamma: float | None = None,
+    warmup_epochs: float | None = None,
+) -> float:
+    """Set and return the learning rate at the fractional `epoch` (from 0) of a run of `epochs` epochs.
+
+    "step": lr * gamma^(whole epochs); "cosine": linear warm-up, then half a cosine down to 0
+    (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983); "constant": lr.
+    """
+    if scheduler == "step":
+        value = lr * gamma ** int(epoch)
+    elif scheduler == "cosine" and epoch < warmup_epochs:
+        value = lr * epoch / warmup_epochs
+    elif scheduler == "cosine":
+        progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
+        value = lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    else:
+        value = lr
+    for group in optimizer.param_groups:
+        group["lr"] = value
+    return value
+
+
+def accuracy(output: Tensor, target: Tensor, topk: Iterable[int] = (1,)) -> list[float]:
+    """Top-k accuracies in percent of logits (batch, classes) against targets (batch,).
+
+    k beyond the number of classes raises ValueError, since it would always be 100 %.
+    """
+    topk = tuple(topk)
+    if not topk or min(topk) < 1 or max(topk) > output.shape[1]:
+        raise ValueError(f"topk {topk} does not lie within 1 to {output.shape[1]} classes")
+    predicted = output.topk(max(topk), dim=1).indices  # (batch, max k), best first
+    correct = predicted == target[:, None]
+    return [100 * correct[:, :k].any(dim=1).float().mean().item() for k in topk]
+
+
+def seed_for(*position: int | str) -> int:
+    """A 63-bit seed from (run seed, purpose, epoch or step): the same position, the same numbers."""
+    digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived; the training state is that of a whole step."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on; the text is one line."""
+
+
+class StopSignals:
+    """SIGINT (NNI, Ctrl-C) and SIGTERM (schedulers) are noted here and acted on between two steps."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._note)
+
+    def _note(self, signum: int, _frame: Any) -> None:
+        self.received = signum
+
+    def check(self) -> None:
+        """Raises Stopped if a signal has arrived."""
+        if self.received is not None:
+            raise Stopped
+
+
+def end_by_signal(signum: int) -> None:
+    """End as the signal would have: shells see status 130 or 143, NNI shows the trial as canceled."""
+    logging.shutdown()
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)

@@ -1,0 +1,291 @@
+"""Vision Transformer (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929), top to bottom as in its figure 1.
+
+With the same weights its logits equal those of vit-pytorch's `ViT`; `qkv_bias`, `norm_eps` and
+`patch_norm` make the same file express torchvision's and timm's. `build_model` also builds the other
+architectures of the vit-pytorch package that take the same arguments.
+"""
+
+import importlib
+import inspect
+import pkgutil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PreNorm(nn.Module):
+    """Layer norm before the layer `fn`: x -> fn(norm(x)); shapes are those of `fn`."""
+
+    def __init__(self, dim: int, fn: nn.Module, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(self.norm(x))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU between: (batch, tokens, dim) -> the same."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(dim, hidden_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_dim, dim),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (batch, tokens, dim) -> the same; `dropout` on weights and output."""
+
+    def __init__(
+        self, dim: int, heads: int, dim_head: int, dropout: float = 0.0, qkv_bias: bool = False
+    ) -> None:
+        super().__init__()
+        inner_dim = heads * dim_head
+        self.heads = heads
+        self.dropout = dropout
+        self.to_qkv = nn.Linear(dim, 3 * inner_dim, bias=qkv_bias)
+        # One head as wide as the model needs no projection back (as in vit-pytorch).
+        one_full_head = heads == 1 and dim_head == dim
+        self.to_out = nn.Identity() if one_full_head else nn.Linear(inner_dim, dim)
+        self.out_dropout = nn.Dropout(0.0 if one_full_head else dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        # (batch, tokens, 3 * heads * dim_head) -> (3, batch, heads, tokens, dim_head)
+        qkv = self.to_qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = attend(*qkv.unbind(0), self.dropout if self.training else 0.0)
+        out = out.transpose(1, 2).reshape(batch, tokens, -1)  # (batch, tokens, heads * dim_head)
+        return self.out_dropout(self.to_out(out))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """softmax(query key^T / sqrt(dim_head)) value; all (batch, heads, tokens, dim_head)."""
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        # Here torch's fused kernel makes a whole step 1.5 to 3 times slower than these three lines.
+        weights = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        return F.dropout(weights.softmax(dim=-1), dropout) @ value
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+
+
+class Transformer(nn.Module):
+    """`depth` blocks of attention and feed-forward with residuals, then a norm: (batch, tokens, dim)."""
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        dim_head: int,
+        mlp_dim: int,
+        dropout: float = 0.0,
+        qkv_bias: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            attention = Attention(dim, heads, dim_head, dropout, qkv_bias)
+            feed_forward = FeedForward(dim, mlp_dim, dropout)
+            self.layers.append(
+                nn.ModuleList(
+                    [PreNorm(dim, attention, norm_eps), PreNorm(dim, feed_forward, norm_eps)]
+                )
+            )
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention, feed_forward in self.layers:
+            x = x + attention(x)
+            x = x + feed_forward(x)
+        return self.norm(x)
+
+
+class ViT(nn.Module):
+    """Images (batch, channels, image_size, image_size) -> logits (batch, num_classes).
+
+    `pool` "cls" reads the class token; "mean" averages the patch tokens and has no class token.
+    Raises ValueError when `image_size` is not a multiple of `patch_size` or `pool` is another word.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        num_classes: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_dim: int,
+        pool: str = "cls",
+        channels: int = 3,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        emb_dropout: float = 0.0,
+        qkv_bias: bool = False,
+        norm_eps: float = 1e-5,
+        patch_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(
+                f"image_size {image_size} is not a multiple of patch_size {patch_size}"
+            )
+        if pool not in ("cls", "mean"):
+            raise ValueError(f"pool is '{pool}', not cls or mean")
+        self.patch_size = patch_size
+        self.pool = pool
+        patch_dim = channels * patch_size**2
+        num_patches = (image_size // patch_size) ** 2
+
+        # The patches are embedded by one matrix product, not by a strided convolution.
+        self.patch_norm = nn.LayerNorm(patch_dim, eps=norm_eps) if patch_norm else nn.Identity()
+        self.patch_embedding = nn.Linear(patch_dim, dim)
+        self.embedding_norm = nn.LayerNorm(dim, eps=norm_eps) if patch_norm else nn.Identity()
+
+        self.num_prefix_tokens = 1 if pool == "cls" else 0
+        self.cls_token = nn.Parameter(torch.empty(1, self.num_prefix_tokens, dim))
+        self.pos_embedding = nn.Parameter(torch.empty(1, num_patches + self.num_prefix_tokens, dim))
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embedding, std=0.02)
+        self.dropout = nn.Dropout(emb_dropout)
+
+        self.transformer = Transformer(
+            dim, depth, heads, dim_head, mlp_dim, dropout, qkv_bias, norm_eps
+        )
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patches(images))))
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat((cls_token, x), dim=1)  # (batch, tokens, dim)
+        x = self.transformer(self.dropout(x + self.pos_embedding))
+        x = x[:, 0] if self.pool == "cls" else x.mean(dim=1)  # (batch, dim)
+        return self.head(x)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, patches, patch_size * patch_size * channels)."""
+        batch, channels, height, width = images.shape
+        p = self.patch_size
+        x = images.view(batch, channels, height // p, p, width // p, p)
+        x = x.permute(0, 2, 4, 3, 5, 1)  # (batch, rows, columns, p, p, channels)
+        return x.reshape(batch, (height // p) * (width // p), p * p * channels)
+
+
+def resample_pos_embedding(pos_embedding: Tensor, tokens: int) -> Tensor:
+    """Position embedding (..., old tokens, dim) -> (..., tokens, dim), bicubic.
+
+    The prefix (class token) is what a square grid of patches leaves over, and stays as it is.
+    """
+    old_tokens, dim = pos_embedding.shape[-2:]
+    old_side, new_side = int(old_tokens**0.5), int(tokens**0.5)
+    flat = pos_embedding.reshape(old_tokens, dim)
+    prefix, grid = flat.split((old_tokens - old_side**2, old_side**2))
+    grid = grid.T.reshape(1, dim, old_side, old_side)
+    grid = F.interpolate(grid, (new_side, new_side), mode="bicubic", antialias=True)
+    flat = torch.cat((prefix, grid.reshape(dim, new_side**2).T))
+    return flat.reshape(*pos_embedding.shape[:-2], -1, dim)
+
+
+HEADS = {"head", "mlp_head", "linear_head"}  # ours and those of vit-pytorch
+
+
+def load_pretrained(model: nn.Module, weights: dict[str, Tensor], same_classes: bool) -> list[str]:
+    """Copy the weights of another run into `model`; returns a line for each that could not stay as it was.
+
+    For other classes the head stays fresh; for another image size the position embedding is resampled.
+    Raises ValueError if any other weight is missing or of another shape.
+    """
+    changes, own = [], model.state_dict()
+    for name, value in own.items():
+        old = weights.get(name)
+        if name.split(".")[0] in HEADS and not same_classes:
+            changes.append(f"{name} is fresh, the classes are others")
+            continue
+        if name == "pos_embedding" and old is not None and old.shape != value.shape:
+            old = resample_pos_embedding(old, value.shape[-2])
+            changes.append(f"{name} is resampled to {value.shape[-2]} tokens")
+        if old is None or old.shape != value.shape:
+            there = "missing" if old is None else f"{list(old.shape)}"
+            raise ValueError(f"{name} is {list(value.shape)} here and {there} in the checkpoint")
+        own[name] = old
+    model.load_state_dict(own)
+    return changes
+
+
+# What every architecture must take; cait wants the depth of its class-attention stage beside it.
+REQUIRED = {"image_size", "patch_size", "num_classes", "dim", "depth", "heads", "mlp_dim"}
+EXTRA_ARGUMENTS = {"cait": {"cls_depth": 2}}
+
+
+def model_class(arch: str) -> type[nn.Module]:
+    """The class behind the name: "vit" is `ViT` above, others are modules of vit-pytorch.
+
+    Raises ValueError when there is none that takes the arguments of `ViT`.
+    """
+    if arch == "vit":
+        return ViT
+    import vit_pytorch  # takes 2 s, so only when one of its architectures is wanted
+
+    if arch in {module.name for module in pkgutil.iter_modules(vit_pytorch.__path__)}:
+        try:
+            module = importlib.import_module(f"vit_pytorch.{arch}")
+        except ImportError as error:
+            raise ValueError(f"arch '{arch}' needs what is not installed: {error}") from None
+        for candidate in vars(module).values():
+            own = inspect.isclass(candidate) and candidate.__module__ == module.__name__
+            if own and _takes_vit_arguments(candidate, arch):
+                return candidate
+    raise ValueError(
+        f"arch '{arch}' is neither vit nor a module of vit-pytorch that takes its arguments "
+        "(simple_vit, deepvit, vit_for_small_dataset, cait, parallel_vit, local_vit, "
+        "simple_vit_with_register_tokens, vit_with_patch_dropout, ...)"
+    )
+
+
+def _takes_vit_arguments(candidate: type, arch: str) -> bool:
+    parameters = inspect.signature(candidate).parameters
+    obligatory = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
+    known = REQUIRED | EXTRA_ARGUMENTS.get(arch, {}).keys()
+    return parameters.keys() >= REQUIRED and obligatory <= known
+
+
+def model_arguments(arch: str) -> set[str]:
+    """Names of the arguments that the architecture takes (some know no pool, some no dropout)."""
+    return set(inspect.signature(model_class(arch)).parameters)
+
+
+def build_model(arch: str, **arguments: int | float | str) -> nn.Module:
+    """A model with fresh weights from the arguments of `ViT`; what `arch` does not take is left out."""
+    accepted = model_arguments(arch)
+    arguments = {name: value for name, value in arguments.items() if name in accepted}
+    model = model_class(arch)(**arguments, **EXTRA_ARGUMENTS.get(arch, {}))
+    if arch == "local_vit":
+        for _, feed_forward in model.transformer.layers:
+            net = feed_forward.fn.fn.net
+            net[0] = ChannelNorm(net[0])
+    return model
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels of (batch, channels, height, width).
+
+    vit-pytorch's local_vit (to 1.26 at least) gives such a tensor to a norm of the last axis, which raises.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
