@@ -1,0 +1,402 @@
+"""`main_vit.py --check config.yml`: could this NNI experiment run, and would it search what it says?"""
+
+import contextlib
+import copy
+import importlib
+import inspect
+import io
+import itertools
+import json
+import logging.handlers
+import os
+import re
+import shlex
+import sys
+import traceback
+import warnings
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nni_vit
+from config_vit import Parser, UsageError, read_yaml, resolve
+from report_vit import METRICS
+from space_vit import LIMIT, Sample, Variants, attempt, batch_samples, samples_of, values_text
+
+SHOWN = 5  # messages of a kind that are printed
+NO_RESULT = {"workers", "threads", "cache_dir"}  # change how fast a trial is, not what it finds
+REDIRECTION = re.compile(r"(?<!\S)(&|\d*)[<>]+&?\s*[^\s;|&]+")  # "> log", "2>&1" in a command
+
+
+class Findings:
+    """With an error the experiment cannot run, or not as it should; with a warning it can."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+
+
+def check(file: Path, parser: Parser) -> int:
+    """Print what an NNI experiment would do and what is wrong with it.
+
+    Returns 0 if it can run, else 2. Raises UsageError if NNI would not take the file.
+    """
+    found = Findings()
+    config = load_experiment(file, found)
+    tuner, space, maximum = config.tuner, config.search_space, config.max_trial_number
+    limit = f"{maximum or 'any number of'} trials, {config.trial_concurrency} at a time"
+    print(f"{file}: {tuner.name or tuner.class_name}, {limit}")
+    keys = {} if is_batch(tuner) else read_space(space, parser, found)
+    samples, all_of_them = samples_of({key: space[key] for key in keys})
+    if is_batch(tuner):
+        samples = batch_samples(space)
+    count_trials(samples, all_of_them, maximum, found)
+
+    service, metric = config.training_service, "accuracy"
+    try:
+        folder, argv = trial_arguments(service.trial_command, Path(service.trial_code_directory))
+        given = parser.given(argv)
+        check_command(service, given, parser, found)
+        check_overridden(keys, given, found)
+        with working_folder(folder):
+            runs = try_samples(samples, parser, without_gpu(argv), found)
+            check_runs(runs, keys, service.platform == "local", found)
+        metric = runs[0].metric if runs else given.get("metric", metric)
+    except UsageError as error:
+        found.errors.append(f"trialCommand: {error}")
+    if is_batch(tuner) or len(keys) == len(space):
+        check_algorithm("tuner", tuner, space, metric, parser, found)
+    if config.assessor:
+        check_algorithm("assessor", config.assessor, space, metric, parser, found)
+
+    for text in found.warnings:
+        print(f"warning: {text}")
+    for text in found.errors:
+        print(f"error: {text}")
+    print(f"{file} {'cannot run as it should' if found.errors else 'can run'}")
+    return 2 if found.errors else 0
+
+
+def shortened(texts: list[str]) -> list[str]:
+    """The first few, and how many are left out."""
+    return texts[:SHOWN] + [f"... and {len(texts) - SHOWN:,} more like it"] * (len(texts) > SHOWN)
+
+
+# --- the file, as NNI reads it -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[list[logging.LogRecord]]:
+    """Keeps NNI's log, prints and warnings from the report; yields the records of its log."""
+    memory, output = logging.handlers.BufferingHandler(10**6), io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import nni  # noqa: F401  # warns of pkg_resources, and sets up its log
+
+        logger = logging.getLogger("nni")
+        before, logger.handlers = logger.handlers, [memory]
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                yield memory.buffer
+        finally:
+            logger.handlers = before
+
+
+def load_experiment(file: Path, found: Findings) -> Any:
+    """The ExperimentConfig that NNI makes of a YAML file of either schema. Raises UsageError."""
+    content = read_yaml(file)
+    with quiet() as records:
+        from nni.experiment.config import ExperimentConfig, convert, utils
+
+        utils.set_base_path(file.parent)
+        try:
+            if content.get("trainingServicePlatform"):  # the test that nnictl makes
+                content = convert.to_v2(content)
+            config = ExperimentConfig(**content)
+            if config.use_annotation:
+                raise ValueError("useAnnotation ended with NNI 3: give a searchSpaceFile instead")
+            # Of these three NNI would only say which line of its own code failed.
+            if not hasattr(config.training_service, "platform"):
+                raise ValueError("trainingService is missing, a list, or of an unknown platform")
+            complete_gpu(config, found)
+            check_json(file.parent, config.search_space_file)
+            config = config.canonical_copy()
+            if not isinstance(config.search_space, dict) or not config.search_space:
+                raise ValueError("the search space has no keys")
+        except Exception as error:  # NNI's are of every type
+            old = " (older keys need trainingServicePlatform)" * ("have field" in str(error))
+            raise UsageError(f"{file}: {one_line(error)}{old}") from None
+        finally:
+            utils.unset_base_path()
+    lost = [record.getMessage() for record in records if record.levelno >= logging.ERROR]
+    found.warnings += [f"NNI ignores a part of {file}: {text}" for text in lost]
+    return config
+
+
+def check_json(folder: Path, name: Any) -> None:
+    """Raises ValueError that says where a search space is not JSON; NNI says it of YAML, at length."""
+    if name and Path(name).suffix == ".json":
+        try:
+            json.loads((folder / Path(name).expanduser()).read_text())
+        except OSError as error:
+            raise ValueError(f"searchSpaceFile {name} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"searchSpaceFile {name} is not JSON: {error}") from None
+
+
+def complete_gpu(config: Any, found: Findings) -> None:
+    """NNI ends at once for want of useActiveGpu; said here, so that the rest can be judged too."""
+    service = config.training_service
+    asked = isinstance(config.trial_gpu_number, int) and config.trial_gpu_number
+    if asked and getattr(service, "use_active_gpu", True) is None:
+        found.errors.append(
+            "trialGpuNumber (gpuNum) needs useActiveGpu in NNI 3.0, or leave it out"
+        )
+        service.use_active_gpu = True
+
+
+def one_line(error: Exception) -> str:
+    """An error of other people's code in one line; of a bare assertion its condition."""
+    text = " ".join(str(error).split())
+    if not text:
+        text = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+# --- the search space ----------------------------------------------------------------------------
+
+
+def is_batch(tuner: Any) -> bool:
+    """Whether the one key of the search space stands for whole samples."""
+    return (tuner.name or "").lower() in ("batch", "batchtuner")
+
+
+def read_space(space: dict[str, Any], parser: Parser, found: Findings) -> dict[str, set[str]]:
+    """Print every key and whether main_vit.py takes it; the parameters that each good one sets."""
+    from nni.common.hpo_utils import validate_search_space
+
+    keys, width = {}, max(len(str(name)) for name in space)
+    for name, spec in space.items():
+        errors = len(found.errors)
+        try:
+            validate_search_space({name: spec}, raise_exception=True)
+            samples, _ = samples_of({name: spec})
+            good, bad, partly = attempt(samples, lambda s: parser.given_by("search space", s))
+            if good:
+                keys[name] = set().union(*good)
+            found.errors += shortened([*bad])
+            # A normal may reach too far, which `try_samples` counts; other ranges must be valid.
+            found.errors += [] if "normal" in spec["_type"] else [*partly]
+        except Exception as error:  # NNI trusts what it reads
+            reason = one_line(error).removeprefix(f'search space "{name}" ')
+            found.errors.append(f"search space: {name}: {reason}")
+        state = "ok   " if len(found.errors) == errors else "WRONG"
+        print(f"  {name!s:{width}}  {state}  {values_text(spec)}")
+    return keys
+
+
+def count_trials(
+    samples: list[Variants], all_of_them: bool, maximum: int | None, found: Findings
+) -> None:
+    """Print the number of distinct combinations; a warning if there are more trials than that."""
+    text = (
+        f"{len(samples):,}" if all_of_them else f"more than {LIMIT:,}, of which as many are tried"
+    )
+    several = [(variants[0], variants[-1]) for variants in samples if len(variants) > 1]
+    ranges = {name for first, last in several for name in first if first[name] != last.get(name)}
+    if ranges:
+        text += f", each with {' '.join(sorted(ranges))} near both ends of the range and between"
+    print(f"distinct combinations: {text}")
+    if all_of_them and not ranges and not found.errors and (maximum or 0) > len(samples):
+        found.warnings.append(
+            f"maxTrialNumber {maximum} is more than the {text} distinct combinations: trials would "
+            "repeat, or the search would stop early"
+        )
+
+
+# --- the trials ----------------------------------------------------------------------------------
+
+
+def trial_arguments(command: str, folder: Path) -> tuple[Path, list[str]]:
+    """Where a trialCommand runs main_vit.py, and with what. Raises UsageError if it does not."""
+    plain = REDIRECTION.sub(" ", command.replace("\\\n", " ").replace("\n", " ; "))
+    lexer = shlex.shlex(plain, posix=True, punctuation_chars=";&|()")
+    lexer.whitespace_split, lexer.commenters = True, ""
+    try:
+        words = [os.path.expandvars(word) for word in lexer]
+    except ValueError as error:
+        raise UsageError(f"{error}: {command}") from None
+    for _, group in itertools.groupby(words, lambda word: set(word) <= set(";&|()")):
+        part = list(group)
+        if part[0] == "cd" and len(part) == 2:
+            folder = folder / Path(part[1]).expanduser()
+        for i, word in enumerate(part):
+            script = "main_vit.py" if part[max(i - 1, 0) : i + 1] == ["-m", "main_vit"] else word
+            if Path(script).name == "main_vit.py":
+                if not (folder / script).is_file():
+                    raise UsageError(f"{folder / script} does not exist")
+                return folder, part[i + 1 :]
+    raise UsageError(f"it does not run main_vit.py: {command}")
+
+
+def without_gpu(argv: list[str]) -> list[str]:
+    """`argv` less --gpu, which is about this machine: it should not hide what is wrong with samples."""
+    only_gpu = ArgumentParser(add_help=False, allow_abbrev=False)
+    only_gpu.add_argument("--gpu")
+    return only_gpu.parse_known_args(argv)[1]
+
+
+@contextlib.contextmanager
+def working_folder(folder: Path) -> Iterator[None]:
+    """Paths are relative to `folder`, as they are for the trial."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def check_command(service: Any, given: dict[str, Any], parser: Parser, found: Findings) -> None:
+    """What the options of the trialCommand and NNI do to each other."""
+    if "resume" in given:
+        raise UsageError("--resume continues one run as it was; to start from it use --init-from")
+    if not given.get("request_from_nni"):
+        found.errors.append(
+            "trialCommand lacks --request-from-nni: trials would not ask for values"
+        )
+    if hiding := nni_vit.hides_signals(service.trial_command):
+        found.warnings.append(
+            f"trialCommand: {hiding!r} keeps NNI's signal from a trial that is stopped: it could "
+            "not save, and would go on running (NNI keeps a log of every trial without it)"
+        )
+    if service.platform != "local":
+        return
+    number, gpus = service.trial_gpu_number, torch.cuda.device_count()
+    if number is None and "gpu" in given:
+        try:
+            resolve(parser, [f"--gpu={given['gpu']}"])
+        except UsageError as error:
+            found.errors.append(f"trialCommand: {error}")
+    elif number == 0:
+        text = (
+            "trialGpuNumber (gpuNum) 0 hides the GPU from trials: leave it out to use what is there"
+        )
+        (found.errors if "gpu" in given else found.warnings).append(text)
+    elif number and number / service.max_trial_number_per_gpu >= gpus:  # NNI's test, one too strict
+        found.errors.append(
+            f"trialGpuNumber (gpuNum) {number} does not work in NNI 3.0 on a machine with {gpus} GPUs "
+            "(with one it freezes): leave it out to use what is there"
+        )
+
+
+def check_overridden(keys: dict[str, set[str]], given: dict[str, Any], found: Findings) -> None:
+    """Options and keys that a key of the search space leaves without effect."""
+    setters: dict[str, str] = {}
+    for name, parameters in keys.items():
+        for parameter in sorted(parameters):
+            if parameter in setters:
+                found.warnings.append(f"{setters[parameter]} has no effect: {name} is the same")
+            setters[parameter] = name
+            if parameter in given:
+                found.warnings.append(
+                    f"{parameter} {given[parameter]} in trialCommand has no effect: "
+                    f"{name} takes its place"
+                )
+        if parameters and parameters <= NO_RESULT:
+            found.warnings.append(f"{name} has no effect on results, only on time")
+
+
+def try_samples(
+    samples: list[Variants], parser: Parser, argv: list[str], found: Findings
+) -> list[Any]:
+    """The parameters of all runs that can work; the combinations that cannot go to `found`."""
+    runs, failing, partly = attempt(samples, lambda sample: resolve(parser, argv, sample))
+    for counter, verb in ((failing, "cannot work"), (partly, "work in a part of the range only")):
+        if counter:
+            lines = [f"{count:,} x {text}" for text, count in counter.most_common()]
+            head = f"{sum(counter.values()):,} of {len(samples):,} combinations {verb}"
+            text = "\n    ".join([head, *shortened(lines)]).replace("NNI's sample: ", "")
+            (found.warnings if runs else found.errors).append(text)
+    return runs
+
+
+def check_runs(runs: list[Any], keys: dict[str, set[str]], local: bool, found: Findings) -> None:
+    """What the parameters of the runs tell beyond being valid."""
+    for name in ("download_dir", "init_from") if local else ():
+        for path in sorted({getattr(run, name) for run in runs} - {None}):
+            if not (path.is_dir() if name == "download_dir" else path.is_file()):
+                found.errors.append(f"--{name.replace('_', '-')} {path} does not exist")
+    searched = set().union(*keys.values())
+    if runs and "momentum" in searched and not {"sgd", "rmsprop"} & {r.optimizer for r in runs}:
+        found.warnings.append("momentum has no effect: no trial has optimizer sgd or rmsprop")
+
+
+# --- tuner and assessor --------------------------------------------------------------------------
+
+
+def check_algorithm(
+    kind: str, config: Any, space: dict[str, Any], metric: str, parser: Parser, found: Findings
+) -> None:
+    """Make the tuner or assessor as NNI would, let a tuner generate a sample; which way it looks."""
+    name, path = config.name or config.class_name, sys.path[:]
+    with quiet():
+        try:
+            algorithm, arguments = algorithm_class(kind, config)
+            bound = inspect.signature(algorithm).bind(**arguments)
+            bound.apply_defaults()
+            added = added_parameters(config, algorithm, arguments, space if kind == "tuner" else {})
+            parser.given_by("it adds a parameter", added)
+        except Exception as error:  # of any package that a tuner may be made with
+            found.errors.append(f"{kind} {name}: {one_line(error)}")
+            return
+        finally:
+            sys.path[:] = path
+    mode = bound.arguments.get("optimize_mode", arguments.get("optimize_mode"))
+    wanted = {"max": "maximize", "min": "minimize"}[METRICS[metric]]
+    if mode not in (None, wanted):
+        said = "has" if "optimize_mode" in arguments else "lacks optimize_mode, which then is"
+        found.errors.append(
+            f"{kind} {name} {said} {mode}: it would prefer the worst models by {metric}; "
+            f"give classArgs: {{optimize_mode: {wanted}}}"
+        )
+
+
+def algorithm_class(kind: str, config: Any) -> tuple[type, dict[str, Any]]:
+    """The class that NNI would make, and its arguments."""
+    from nni.tools.package_utils import config_manager
+
+    path, arguments = config.class_name, dict(config.class_args or {})
+    if path:
+        sys.path.append(str(config.code_directory))  # last, as NNI does: installed packages win
+    else:
+        known = [a for a in config_manager.get_all_algo_meta() if a.algo_type == kind]
+        meta = config_manager.get_algo_meta(config.name)
+        if meta not in known:
+            names = " ".join(a.name for a in known)
+            raise ValueError(f"NNI has no {kind} of this name; it has {names}")
+        path, arguments = meta.class_name, {**(meta.class_args or {}), **arguments}
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name), arguments
+
+
+def added_parameters(
+    config: Any, algorithm: type, arguments: dict[str, Any], space: dict[str, Any]
+) -> Sample:
+    """What trials get from it beside the search space. Raises whatever it raises on the way."""
+    from nni.runtime.msg_dispatcher_base import MsgDispatcherBase
+
+    if issubclass(algorithm, MsgDispatcherBase):  # can be made inside of NNI only
+        if config.name:
+            raise ValueError("NNI 3.0's own ends with an error (issue 5263 of microsoft/nni)")
+        return {"TRIAL_BUDGET": 1}
+    os.environ.setdefault("NNI_CHECKPOINT_DIRECTORY", "checkpoint")  # PBT asks for it
+    instance = algorithm(**arguments)
+    if not space:
+        return {}
+    instance.update_search_space(copy.deepcopy(space))
+    sample = instance.generate_parameters(0)
+    return {} if is_batch(config) else {k: v for k, v in sample.items() if k not in space}

@@ -1,0 +1,552 @@
+"""python main_vit.py --check: what is wrong with an experiment is said before its first trial."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import check_vit
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMMAND = "python main_vit.py --request-from-nni"
+
+
+def choice(*values: Any) -> dict[str, Any]:
+    return {"_type": "choice", "_value": list(values)}
+
+
+def numbers(kind: str, *values: float) -> dict[str, Any]:
+    return {"_type": kind, "_value": list(values)}
+
+
+# The experiment of original-readme.md; its file name differs from ours by case.
+ORIGINAL_SPACE = {
+    "gamma": numbers("uniform", 0.5, 0.9),
+    "image_size": choice(300),
+    "patch-num": choice(15, 10, 6, 5),
+    "vt_dim": choice(256, 128, 64),
+    "vt_depth": choice(6, 5, 4),
+    "vt_heads": choice(12, 8, 6),
+    "mlp_dim": choice(1000, 500, 100),
+}
+ORIGINAL_COMMAND = (
+    "python main_vit.py --download-dir {data} -a vit --batch-size 16 --epochs 5 "
+    "--request-from-nni --num-classes 2 --gpu 0 "
+)
+
+
+def original(data: Path) -> dict[str, Any]:
+    return {
+        "authorName": "nujnim",
+        "experimentName": "ViT_to_nni",
+        "trialConcurrency": 2,
+        "maxExecDuration": "99999d",
+        "maxTrialNum": 100,
+        "trainingServicePlatform": "local",
+        "searchSpacePath": "search_net_ViT.json",
+        "useAnnotation": False,
+        "tuner": {"builtinTunerName": "TPE", "classArgs": {"optimize_mode": "maximize"}},
+        "trial": {
+            "codeDir": str(REPOSITORY),
+            "command": ORIGINAL_COMMAND.format(data=data),
+            "gpuNum": 1,
+        },
+    }
+
+
+@pytest.fixture
+def check(tmp_path: Path, run_main: Callable[..., Any]) -> Callable[..., Any]:
+    """check(content) or check(tuner=..., searchSpace=...) on a file in tmp_path; None leaves a key out."""
+
+    def run(content: dict[str, Any] | None = None, **changes: Any) -> Any:
+        if content is None:
+            content = {
+                "trialCommand": COMMAND,
+                "trialCodeDirectory": str(REPOSITORY),
+                "trialConcurrency": 1,
+                "searchSpace": {"lr": numbers("loguniform", 1e-4, 1e-2)},
+                "tuner": {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}},
+                "trainingService": {"platform": "local"},
+            }
+        content = {k: v for k, v in {**content, **changes}.items() if v is not None}
+        (tmp_path / "config.yml").write_text(yaml.safe_dump(content))
+        result = run_main("--check", tmp_path / "config.yml")
+        assert "Traceback" not in result.stdout + result.stderr
+        assert result.stderr.count("\n") <= 1
+        return result
+
+    return run
+
+
+def findings(result: Any, kind: str) -> list[str]:
+    """The errors or warnings of a report, with the lines that go on with them."""
+    return re.findall(rf"^{kind}: (.*(?:\n    .*)*)", result.stdout, re.MULTILINE)
+
+
+# --- the original experiment ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "chest_xray").mkdir()
+    return tmp_path / "chest_xray"
+
+
+def write_space(folder: Path, **changes: Any) -> None:
+    (folder / "search_net_ViT.json").write_text(json.dumps({**ORIGINAL_SPACE, **changes}))
+
+
+def without_gpu_lines(data: Path) -> dict[str, Any]:
+    content = original(data)
+    del content["trial"]["gpuNum"]
+    content["trial"]["command"] = content["trial"]["command"].replace("--gpu 0", "")
+    return content
+
+
+def test_original_experiment_passes(check, data: Path, tmp_path: Path) -> None:
+    write_space(tmp_path)
+    result = check(without_gpu_lines(data))
+    assert result.status == 0
+    assert "warning" not in result.stdout
+    for name in ORIGINAL_SPACE:
+        assert re.search(rf"^  {name} +ok", result.stdout, re.MULTILINE)
+    assert "distinct combinations: 324, each with gamma" in result.stdout  # 4 * 3 * 3 * 3 * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it may run where there is a GPU")
+def test_original_gpu_lines_are_the_only_complaint_without_a_gpu(check, data, tmp_path) -> None:
+    write_space(tmp_path)
+    result = check(original(data))
+    assert result.status == 2
+    assert all("trialGpuNumber (gpuNum)" in text for text in findings(result, "error"))
+    assert not findings(result, "warning")
+
+
+def test_combinations_that_cannot_work_are_counted_and_named(check, data, tmp_path) -> None:
+    write_space(tmp_path, **{"patch-num": choice(16, 15, 10, 6, 5)})
+    result = check(without_gpu_lines(data))
+    assert result.status == 0
+    (warning,) = findings(result, "warning")
+    assert warning.startswith("81 of 405 combinations cannot work\n")
+    assert "81 x patch_num 16 does not divide image_size 300: use one of 1 2 3" in warning
+
+
+def test_new_schema_with_its_file_and_inline(check, data, tmp_path) -> None:
+    write_space(tmp_path)
+    command = ORIGINAL_COMMAND.format(data=data).replace("--gpu 0", "")
+    in_file = check(trialCommand=command, searchSpace=None, searchSpaceFile="search_net_ViT.json")
+    inline = check(trialCommand=command, searchSpace=ORIGINAL_SPACE)
+    assert in_file.status == inline.status == 0
+    # json keeps the order of the keys, safe_dump sorts them
+    assert sorted(in_file.stdout.splitlines()) == sorted(inline.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        file.relative_to(REPOSITORY)
+        for file in [REPOSITORY / "config.yml", *REPOSITORY.glob("examples/**/*.yml")]
+        if file.is_file() and "trialConcurrency" in file.read_text()
+    ],
+    ids=str,
+)
+def test_shipped_experiments_pass(file: Path, run_main) -> None:
+    result = run_main("--check", file, cwd=REPOSITORY)
+    assert not result.stderr
+    # The images and GPUs of whoever runs an example need not be here.
+    ours = re.compile(r"--download-dir .* does not exist|(trialGpuNumber|--gpu) ")
+    errors = [text for text in findings(result, "error") if not ours.search(text)]
+    assert errors == findings(result, "warning") == []
+
+
+# --- keys and values -----------------------------------------------------------------------------
+
+
+def test_unknown_key(check) -> None:
+    result = check(searchSpace={"patchnum": choice(2, 4), "lr": choice(1e-3)})
+    assert result.status == 2
+    assert re.search(r"^  patchnum +WRONG", result.stdout, re.MULTILINE)
+    assert re.search(r"^  lr +ok", result.stdout, re.MULTILINE)
+    (error,) = findings(result, "error")
+    assert "unknown parameter --patchnum (did you mean --patch-num?)" in error
+
+
+@pytest.mark.parametrize(
+    ("key", "spec", "message"),
+    [
+        ("dropout", choice(0.1, 1.5), "1.5 is not at least 0 and at most 1"),
+        ("dropout", numbers("uniform", 0, 2), "1.9998 is not at least 0 and at most 1"),
+        ("vt_dim", choice(64, 64.5), "64.5 is not a whole number"),
+        ("vt_dim", choice("wide"), "'wide'"),
+        ("vt_dim", numbers("uniform", 32, 64), "is not a whole number"),
+        ("vt_depth", numbers("randint", 0, 4), "0 is not at least 1"),
+        ("vt_depth", numbers("quniform", 0, 4, 1), "0.0 is not at least 1"),
+        ("optimizer", choice("adam", "lion"), "lion"),
+        ("seed", choice([1, 2]), "single value|numbers or strings"),
+        ("lr", numbers("uniform", 0.1), "must have 2 values"),
+        ("lr", numbers("loguniform", 0, 1), "must have low > 0"),
+        ("lr", numbers("quniform", 0.1, 1, 0), "ZeroDivisionError"),
+        ("lr", numbers("gaussian", 0, 1), 'unsupported type "gaussian"'),
+        ("lr", {"_type": "loguniform", "_value": ["1e-4", "1e-2"]}, "must have float values"),
+        ("lr", {"_value": [1]}, 'does not have "_type"'),
+        ("lr", choice(), "should not be empty"),
+        ("lr", 0.1, "expect a dict"),
+        ("download_dir", choice("/a"), "--download-dir /a does not exist"),
+        ("resume", choice("a.pth.tar"), "resume belongs on the command line"),
+    ],
+)
+def test_values_that_no_trial_could_use(check, key: str, spec: Any, message: str) -> None:
+    result = check(searchSpace={key: spec})
+    assert result.status == 2
+    assert any(re.search(message, text) for text in findings(result, "error"))
+
+
+@pytest.mark.parametrize(
+    ("key", "spec"),
+    [
+        ("lr", numbers("uniform", 0, 1)),  # 0 itself is as good as never drawn
+        ("lr", numbers("loguniform", 1e-5, 1e-2)),
+        ("lr", numbers("quniform", 0.001, 0.01, 0.001)),
+        ("weight_decay", numbers("lognormal", -5, 1)),
+        ("weight-decay", numbers("qlognormal", 0, 1, 0.1)),
+        ("vt_depth", numbers("randint", 1, 5)),
+        ("vt_depth", numbers("quniform", 2, 6, 1)),
+        ("vt_depth", numbers("qloguniform", 2, 6, 2)),
+        ("vt_depth", numbers("qnormal", 8, 1, 1)),
+        ("epochs", choice(4.0, 5)),
+        ("moving_average_decay", numbers("normal", 0.5, 0.1)),
+        ("batch_size", choice("16", 32)),
+    ],
+)
+def test_every_type_of_range(check, key: str, spec: dict[str, Any]) -> None:
+    result = check(searchSpace={key: spec})
+    assert (result.status, findings(result, "warning")) == (0, [])
+
+
+def test_a_normal_that_is_sometimes_out_of_range_is_a_warning(check) -> None:
+    result = check(searchSpace={"lr": numbers("normal", 1e-3, 1e-3)})
+    assert result.status == 0
+    (warning,) = findings(result, "warning")
+    assert "in a part of the range only" in warning and "-0.001 is not above 0" in warning
+
+
+def test_combinations_of_two_keys(check) -> None:
+    space = {"epochs": choice(2, 10), "warmup_epochs": numbers("uniform", 0, 5)}
+    result = check(searchSpace=space)
+    assert result.status == 0
+    (warning,) = findings(result, "warning")
+    assert warning.startswith("1 of 2 combinations work in a part of the range only")
+    assert re.search(r"warmup_epochs 4.9\d* is more than epochs 2", warning)
+
+
+def test_no_combination_can_work(check) -> None:
+    result = check(searchSpace={"image_size": choice(300), "patch_num": choice(16, 7)})
+    assert result.status == 2
+    (error,) = findings(result, "error")
+    assert error.startswith("2 of 2 combinations cannot work")
+    assert "patch_num 16" in error and "patch_num 7" in error
+
+
+def test_large_spaces_are_sampled_and_messages_shortened(check) -> None:
+    sizes = numbers("quniform", 20, 2000, 1)
+    space = dict.fromkeys(("image_size", "patch_num", "vt_dim", "mlp_dim"), sizes)
+    result = check(searchSpace=space)
+    assert result.status == 0
+    assert f"more than {check_vit.LIMIT:,}" in result.stdout
+    assert len(result.stdout.splitlines()) < 20 and "more like it" in result.stdout
+
+
+@pytest.mark.parametrize(("maximum", "expected"), [(9, []), (10, [True])])
+def test_more_trials_than_combinations(check, maximum: int, expected: list[bool]) -> None:
+    space = {"vt_dim": choice(32, 48, 64, 64), "vt_depth": numbers("randint", 2, 5)}
+    result = check(searchSpace=space, maxTrialNumber=maximum)
+    assert result.status == 0
+    warnings = findings(result, "warning")
+    assert ["maxTrialNumber 10 is more than the 9 distinct" in w for w in warnings] == expected
+
+
+def test_nested_space_is_judged_as_the_trial_does(check) -> None:
+    nested = choice({"_name": "sgd", "momentum": numbers("uniform", 0, 0.9)}, {"_name": "adam"})
+    assert check(searchSpace={"optimizer": nested}).status == 0
+
+
+# --- without effect ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "space", "status", "message"),
+    [
+        ("", {"gamma": numbers("uniform", 0.5, 0.9), "scheduler": choice("cosine")}, 2,
+         "gamma has no effect under the cosine schedule"),
+        ("--scheduler cosine", {"gamma": numbers("uniform", 0.5, 0.9)}, 2,
+         "gamma has no effect under the cosine schedule"),
+        ("--dont-adjust-learning-rate", {"gamma": numbers("uniform", 0.5, 0.9)}, 2,
+         "gamma has no effect under the constant schedule"),
+        ("--batch-size 16", {"batch_size": choice(8, 32)}, 0,
+         "batch_size 16 in trialCommand has no effect: batch_size takes its place"),
+        ("--patch-size 4", {"patch-num": choice(2, 4)}, 0,
+         "patch_num 2 and patch_size 4 contradict each other"),
+        ("", {"momentum": choice(0.8, 0.9)}, 0, "momentum has no effect"),
+        ("", {"lr": choice(1), "learning-rate": choice(2)}, 0, "has no effect: lr is the same"),
+        ("", {"workers": choice(1, 2)}, 0, "workers has no effect on results"),
+        ("", {"arch": choice("vit", "simple_vit"), "pool": choice("cls", "mean")}, 0,
+         "pool has no effect on arch simple_vit"),
+    ],
+)  # fmt: skip
+def test_without_effect(check, options, space, status: int, message: str) -> None:
+    result = check(trialCommand=f"{COMMAND} {options}", searchSpace=space)
+    assert result.status == status
+    (text,) = findings(result, "error" if status else "warning")
+    assert message in text
+
+
+def test_momentum_is_fine_where_some_trials_use_it(check) -> None:
+    space = {"momentum": choice(0.8, 0.9), "optimizer": choice("adam", "sgd")}
+    assert not findings(check(searchSpace=space), "warning")
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        COMMAND,
+        f"cd {REPOSITORY} && {COMMAND}",
+        f"cd tests; cd .. && exec {COMMAND}",
+        "A=1 OMP_NUM_THREADS=2 python -u ./main_vit.py --request-from-nni",
+        "torchrun --nproc-per-node 2 main_vit.py --request-from-nni",
+        "python -m main_vit --request-from-nni",
+        "python main_vit.py --request-from-nni \\\n  --epochs 2\n",
+        f'exec python "{REPOSITORY}/main_vit.py" --request-from-nni > /dev/null 2>&1',
+    ],
+)
+def test_ways_to_run_the_trial(check, command: str) -> None:
+    result = check(trialCommand=command)
+    assert (result.status, findings(result, "error")) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("python main_vit.py", "lacks --request-from-nni"),
+        ("python main_ViT.py --request-from-nni", "does not run main_vit.py"),
+        ("cd tests && " + COMMAND, "tests/main_vit.py does not exist"),
+        (COMMAND + " --epoch 3", "unknown parameter --epoch (did you mean --epochs?)"),
+        (COMMAND + " --epochs 0", "0 is not at least 1"),
+        (COMMAND + " --download-dir nowhere", "nowhere does not exist"),
+        (COMMAND + " --init-from nowhere.pth.tar", "nowhere.pth.tar does not exist"),
+        (COMMAND + " --config nowhere.yml", "nowhere.yml cannot be read"),
+        (COMMAND + " --resume x.pth.tar", "--init-from"),
+        (COMMAND + " --gpu 64", "--gpu 64: torch sees"),
+        (COMMAND + " 'x", "No closing quotation"),
+    ],
+)
+def test_commands_that_cannot_work(check, command: str, message: str) -> None:
+    result = check(trialCommand=command)
+    assert result.status == 2
+    assert any(message in text for text in findings(result, "error"))
+
+
+@pytest.mark.parametrize("tail", ["| tee log.txt", "> log.txt 2>&1", "; echo done"])
+def test_a_shell_that_keeps_signals(check, tail: str) -> None:
+    result = check(trialCommand=f"{COMMAND} {tail}")
+    assert result.status == 0
+    (warning,) = findings(result, "warning")
+    assert tail.split()[-1] in warning and "signal" in warning
+
+
+# --- GPUs ----------------------------------------------------------------------------------------
+
+GPU_CASES = [
+    # GPUs here, trialGpuNumber, trainingService, --gpu, errors, warnings
+    (0, None, {}, "", 0, 0),
+    (0, None, {}, "--gpu 0", 1, 0),
+    (1, None, {}, "--gpu 0", 0, 0),
+    (1, 0, {}, "", 0, 1),
+    (1, 0, {}, "--gpu 0", 1, 0),
+    (1, 1, {"useActiveGpu": False}, "", 1, 0),
+    (1, 1, {}, "", 2, 0),
+    (2, 1, {}, "", 1, 0),
+    (2, 1, {"useActiveGpu": False}, "", 0, 0),
+    (1, 1, {"useActiveGpu": True, "maxTrialNumberPerGpu": 2}, "", 0, 0),
+    (0, 1, {"useActiveGpu": True, "maxTrialNumberPerGpu": 2}, "", 1, 0),
+]
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new schema", "old schema"])
+@pytest.mark.parametrize(("gpus", "number", "service", "option", "errors", "warnings"), GPU_CASES)
+def test_gpu_numbers(
+    check, monkeypatch, tmp_path, gpus, number, service, option, errors, warnings, old: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    command = f"{COMMAND} {option}"
+    if old:
+        write_space(tmp_path)
+        content = original(tmp_path)
+        trial = {"codeDir": str(REPOSITORY), "command": command, "gpuNum": number}
+        local = {k.replace("Number", "Num"): v for k, v in service.items()}
+        result = check(content, trial=trial, localConfig=local, maxTrialNum=None)
+    else:
+        service = {"platform": "local", **service}
+        result = check(trialCommand=command, trialGpuNumber=number, trainingService=service)
+    assert len(findings(result, "error")) == errors
+    assert len(findings(result, "warning")) == warnings
+    assert result.status == (2 if errors else 0)
+
+
+# --- tuner and assessor --------------------------------------------------------------------------
+
+WORST = "prefer the worst models"
+
+
+@pytest.mark.parametrize(
+    ("tuner", "metric", "message"),
+    [
+        ({"name": "tpe"}, "accuracy", WORST),  # it minimises by default
+        ({"name": "TPE", "classArgs": {"optimize_mode": "minimize"}}, "auc", WORST),
+        ({"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}, "loss", WORST),
+        ({"name": "TPE", "classArgs": {"optimize_mode": "minimize"}}, "loss", None),
+        ({"name": "Evolution"}, "accuracy", None),  # it maximises by default
+        ({"name": "Evolution"}, "loss", WORST),
+        ({"name": "Random"}, "loss", None),
+        ({"name": "GridSearch"}, "accuracy", None),
+        ({"name": "TPE", "classArgs": {"optimise_mode": "maximize"}}, "accuracy", "optimise_mode"),
+        ({"name": "TPE", "classArgs": {"optimize_mode": "max"}}, "accuracy", "'max' is not a valid"),
+        ({"name": "Tpee"}, "accuracy", "NNI has no tuner of this name; it has PPO SMAC TPE"),
+        ({"name": "Medianstop"}, "accuracy", "NNI has no tuner of this name"),
+        ({"name": "Metis"}, "accuracy", "doesn't support this kind of variable: loguniform"),
+        ({"name": "Hyperband"}, "accuracy", "issue 5263"),
+        ({"className": "x.Y", "codeDirectory": str(REPOSITORY)}, "accuracy", "No module named 'x'"),
+        ({"className": "x.Y", "codeDirectory": "/nowhere"}, "accuracy", "is not a directory"),
+    ],
+)  # fmt: skip
+def test_tuner(check, tuner: dict[str, Any], metric: str, message: str | None) -> None:
+    result = check(tuner=tuner, trialCommand=f"{COMMAND} --metric {metric}")
+    assert result.status == (2 if message else 0)
+    assert (message or "") in result.stdout + result.stderr
+    assert len(findings(result, "error")) + len(result.stderr.splitlines()) == bool(message)
+
+
+def test_metric_of_the_config_file_of_the_trial(check, tmp_path: Path) -> None:
+    (tmp_path / "trial.yaml").write_text("metric: loss")
+    result = check(trialCommand=f"{COMMAND} --config {tmp_path}/trial.yaml")
+    assert result.status == 2 and "worst models by loss" in result.stdout
+
+
+def test_a_far_machine_need_not_have_our_files(check) -> None:
+    machine = {"host": "worker", "user": "me", "password": "none"}
+    result = check(
+        trainingService={"platform": "remote", "machineList": [machine]},
+        nniManagerIp="10.0.0.1",
+        trialGpuNumber=1,
+        trialCommand=f"{COMMAND} --download-dir /on/the/worker --gpu 0",
+    )
+    assert (result.status, findings(result, "warning")) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("assessor", "metric", "message"),
+    [
+        ({"name": "Medianstop", "classArgs": {"start_step": 2}}, "accuracy", None),
+        ({"name": "Medianstop"}, "loss", WORST),
+        ({"name": "Curvefitting", "classArgs": {"epochs": 9}}, "accuracy", "'epochs'"),
+        ({"name": "Medianstopp"}, "accuracy", "no assessor of this name"),
+    ],
+)
+def test_assessor(check, assessor: dict[str, Any], metric: str, message: str | None) -> None:
+    mode = "minimize" if metric == "loss" else "maximize"
+    result = check(
+        assessor=assessor,
+        tuner={"name": "TPE", "classArgs": {"optimize_mode": mode}},
+        trialCommand=f"{COMMAND} --metric {metric}",
+    )
+    assert result.status == (2 if message else 0)
+    assert all(message in text for text in findings(result, "error"))
+
+
+def test_batch_tuner_hands_out_whole_samples(check) -> None:
+    samples = [{"lr": 0.001, "vt_dim": 32}, {"lr": 0.01, "patch_num": 5}]
+    result = check(tuner={"name": "BatchTuner"}, searchSpace={"all": choice(*samples)})
+    assert result.status == 0
+    (warning,) = findings(result, "warning")
+    assert "1 of 2 combinations cannot work" in warning and "patch_num 5" in warning
+    assert check(tuner={"name": "Batch"}).status == 2
+    assert check(tuner={"name": "Batch"}, searchSpace={"all": choice()}).status == 2
+
+
+def test_own_tuner(check, tmp_path: Path) -> None:
+    code = (
+        "from nni.algorithms.hpo.random_tuner import RandomTuner\n"
+        "class Mine(RandomTuner):\n"
+        "    def __init__(self, optimize_mode='minimize'):\n"
+        "        super().__init__()\n"
+    )
+    (tmp_path / "own_tuner_of_test.py").write_text(code)
+    own = {"className": "own_tuner_of_test.Mine", "codeDirectory": "."}
+    result = check(tuner=own)
+    assert result.status == 2 and "lacks optimize_mode" in result.stdout
+    assert check(tuner=own | {"classArgs": {"optimize_mode": "maximize"}}).status == 0
+
+
+# --- files that NNI would not take ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"authorName": "me"}, "authorname"),
+        ({"trialConcurrency": 0}, "trial_concurrency > 0"),
+        ({"trialConcurrency": None}, "trial_concurrency is not set"),
+        ({"trialCommand": None}, "trial_command"),
+        ({"tuner": None}, "tuner must be set"),
+        ({"useAnnotation": True, "searchSpace": None}, "useAnnotation ended"),
+        ({"searchSpace": None}, "search_space and search_space_file must be set one"),
+        ({"searchSpace": {}}, "no keys"),
+        ({"searchSpace": [1]}, "no keys"),
+        ({"searchSpace": None, "searchSpaceFile": "missing.json"}, "missing.json cannot be read"),
+        ({"searchSpace": None, "searchSpaceFile": "broken.json"}, "broken.json is not JSON"),
+        ({"trialCodeDirectory": "missing"}, "missing"),
+        ({"trainingService": {"platform": "cloud"}}, "unknown platform"),
+        ({"trainingService": None}, "trainingService is missing"),
+        ({"trainingService": [{"platform": "local"}]}, "trainingService is missing, a list"),
+        ({"trainingServicePlatform": "local", "trial": 3}, "config.yml"),
+    ],
+)
+def test_invalid_experiments_are_one_line(check, tmp_path, changes, message: str) -> None:
+    (tmp_path / "broken.json").write_text('{"lr": [')
+    result = check(**changes)
+    assert (result.status, result.stdout) == (2, "")
+    assert message in result.stderr and result.stderr.startswith("main_vit.py: error: ")
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "\0", ""])
+def test_files_that_are_no_experiment(run_main, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yml").write_text(content)
+    result = run_main("--check", tmp_path / "config.yml")
+    assert (result.status, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+
+
+def test_missing_file(run_main, tmp_path: Path) -> None:
+    result = run_main("--check", tmp_path / "config.yml")
+    assert (result.status, result.stderr.count("\n")) == (2, 1)
+    assert "No such file" in result.stderr
+
+
+def test_old_keys_that_nni_drops_are_pointed_out(check, data, tmp_path) -> None:
+    write_space(tmp_path)
+    result = check(without_gpu_lines(data), maxTrialNums=10)
+    assert result.status == 0
+    (warning,) = findings(result, "warning")
+    assert "maxTrialNums" in warning
+
+
+def test_nothing_of_nni_is_printed_and_nothing_is_written(tmp_path: Path, run_main) -> None:
+    result = run_main("--check", REPOSITORY / "config.yml", process=True)
+    assert (result.status, result.stderr) == (0, "")
+    assert not list(result.cwd.iterdir())
