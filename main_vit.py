@@ -115,9 +115,10 @@ def main(argv: list[str] | None = None) -> int:
         # Parameters are asked for before anything that can fail or takes long.
         trial = nni_vit.Trial() if command_line.get("request_from_nni") else None
         args = resolve(parser, argv, trial.ask() if trial else None)
-        # Our own lines and no other library's; NNI has replaced sys.stdout by now.
+        # By now NNI has replaced sys.stdout.
         log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
         log.setLevel(logging.INFO)
+        logging.getLogger("matplotlib").setLevel(logging.WARNING)  # NNI shows every library's
         main_worker(args, trial)
         return 0
     except (UsageError, DataError, CheckpointError) as error:
@@ -138,7 +139,7 @@ def main_worker(args: argparse.Namespace, trial: nni_vit.Trial | None) -> None:
     data = open_data(args)
     state = make_state(args, device)
     if args.resume:
-        continue_run(state, args.resume, data.classes)
+        continue_run(state, args.resume, data)
     elif args.init_from:
         data.notes.extend(start_from(state, args.init_from, data.classes))
     parameters = saved_parameters(args)
@@ -147,7 +148,7 @@ def main_worker(args: argparse.Namespace, trial: nni_vit.Trial | None) -> None:
         log.info(line)
 
     def save(is_best: bool) -> None:
-        extra = {"args": parameters, "classes": data.classes}
+        extra = {"args": parameters, "classes": data.classes, "train_images": len(data.train)}
         utils_vit.save_checkpoint(
             state.state_dict() | extra, is_best, output / "checkpoint.pth.tar"
         )
@@ -167,8 +168,6 @@ def main_worker(args: argparse.Namespace, trial: nni_vit.Trial | None) -> None:
             line |= train(state, data.train, args, device, total_steps, signals)
             metrics, _, _ = validate(state, data.val, args, device, signals)
             line |= {f"val_{name}": value for name, value in metrics.items()}
-            if line[f"val_{args.metric}"] is None:
-                raise UsageError(f"--metric {args.metric} needs validation images of every class")
             best = state.best and state.best[f"val_{args.metric}"]
             is_best = best is None or report_vit.improves(
                 args.metric, line[f"val_{args.metric}"], best
@@ -218,8 +217,6 @@ def train(
         split, args.batch_size, device,
         flip=args.flip, affine=args.affine, seed=utils_vit.seed_for(args.seed, "epoch", state.epoch), start=start,
     )  # fmt: skip
-    # On a GPU a look at the loss waits for the step; there it is taken once in a while.
-    look_every = 1 if device.type == "cpu" else 50
     state.model.train()
     began, images_seen = time.perf_counter(), 0
     for images, targets in tqdm(
@@ -241,8 +238,10 @@ def train(
         loss, logits = training_step(state, images, targets, args)
         state.outputs.append((loss, logits, targets))
         images_seen += len(targets)
-        if state.step % look_every == 0:
-            check_finite(state)
+        # To look at the loss is to wait for the GPU, so it is done once in a while there.
+        look = device.type == "cpu" or state.step % 50 == 0 or signals.received
+        if look and not loss.isfinite():
+            break
         signals.check()
     check_finite(state)
     seconds = time.perf_counter() - began
@@ -417,6 +416,9 @@ def open_data(args: argparse.Namespace) -> data_vit.Data:
         skip_broken=args.skip_broken,
     )
     args.num_classes = len(data.classes)
+    val_classes = np.unique(data.val.targets[data.val.indices])
+    if args.metric == "auc" and len(val_classes) < args.num_classes:
+        raise UsageError("--metric auc needs validation images of every class")
     return data
 
 
@@ -435,11 +437,16 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
     return TrainingState(model, optimizer, args.moving_average_decay)
 
 
-def continue_run(state: TrainingState, file: Path, classes: list[str]) -> None:
+def continue_run(state: TrainingState, file: Path, data: data_vit.Data) -> None:
     """--resume: the whole state of a checkpoint. Raises CheckpointError if it is of another run."""
     saved = utils_vit.load_checkpoint(file)
-    if saved["classes"] != classes:
+    if saved["classes"] != data.classes:
         raise CheckpointError(f"checkpoint {file} is of other classes than the data")
+    if saved["train_images"] != len(data.train):
+        raise CheckpointError(
+            f"checkpoint {file} is of {saved['train_images']:,} training images, here are "
+            f"{len(data.train):,}: --init-from starts a new run from its weights"
+        )
     if saved["best"] and not file.with_name("model_best.pth.tar").exists():
         raise CheckpointError(
             f"{file.parent} has no model_best.pth.tar, which the run goes on with"

@@ -5,6 +5,7 @@ With the same weights its logits equal those of vit-pytorch's `ViT`; `qkv_bias`,
 architectures of the vit-pytorch package that take the same arguments.
 """
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -197,7 +198,7 @@ def resample_pos_embedding(pos_embedding: Tensor, tokens: int) -> Tensor:
     return flat.reshape(*pos_embedding.shape[:-2], -1, dim)
 
 
-HEADS = {"head", "mlp_head", "linear_head"}  # ours and those of vit-pytorch
+HEADS = {"head", "mlp_head", "linear_head", "to_pred"}  # ours and those of vit-pytorch
 
 
 def load_pretrained(model: nn.Module, weights: dict[str, Tensor], same_classes: bool) -> list[str]:
@@ -228,10 +229,11 @@ REQUIRED = {"image_size", "patch_size", "num_classes", "dim", "depth", "heads", 
 EXTRA_ARGUMENTS = {"cait": {"cls_depth": 2}}
 
 
+@functools.cache
 def model_class(arch: str) -> type[nn.Module]:
     """The class behind the name: "vit" is `ViT` above, others are modules of vit-pytorch.
 
-    Raises ValueError when there is none that takes the arguments of `ViT`.
+    Raises ValueError when there is none that takes the arguments of `ViT` and gives logits.
     """
     if arch == "vit":
         return ViT
@@ -244,10 +246,10 @@ def model_class(arch: str) -> type[nn.Module]:
             raise ValueError(f"arch '{arch}' needs what is not installed: {error}") from None
         for candidate in vars(module).values():
             own = inspect.isclass(candidate) and candidate.__module__ == module.__name__
-            if own and _takes_vit_arguments(candidate, arch):
+            if own and _takes_vit_arguments(candidate, arch) and _gives_logits(candidate, arch):
                 return candidate
     raise ValueError(
-        f"arch '{arch}' is neither vit nor a module of vit-pytorch that takes its arguments "
+        f"arch '{arch}' is neither vit nor a module of vit-pytorch that can stand in for it "
         "(simple_vit, deepvit, vit_for_small_dataset, cait, parallel_vit, local_vit, "
         "simple_vit_with_register_tokens, vit_with_patch_dropout, ...)"
     )
@@ -260,6 +262,20 @@ def _takes_vit_arguments(candidate: type, arch: str) -> bool:
     return parameters.keys() >= REQUIRED and obligatory <= known
 
 
+@torch.no_grad()
+def _gives_logits(candidate: type, arch: str) -> bool:
+    """Some modules take the arguments but have no head, return a tuple or want lists of images."""
+    try:
+        with torch.random.fork_rng():
+            model = _construct(
+                candidate, arch, image_size=16, patch_size=4, num_classes=3, dim=16, depth=1,
+                heads=2, mlp_dim=16,
+            )  # fmt: skip
+            return model.eval()(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
+    except Exception:  # whatever it raises, it does not stand in for ViT
+        return False
+
+
 def model_arguments(arch: str) -> set[str]:
     """Names of the arguments that the architecture takes (some know no pool, some no dropout)."""
     return set(inspect.signature(model_class(arch)).parameters)
@@ -269,7 +285,11 @@ def build_model(arch: str, **arguments: int | float | str) -> nn.Module:
     """A model with fresh weights from the arguments of `ViT`; what `arch` does not take is left out."""
     accepted = model_arguments(arch)
     arguments = {name: value for name, value in arguments.items() if name in accepted}
-    model = model_class(arch)(**arguments, **EXTRA_ARGUMENTS.get(arch, {}))
+    return _construct(model_class(arch), arch, **arguments)
+
+
+def _construct(cls: type[nn.Module], arch: str, **arguments: int | float | str) -> nn.Module:
+    model = cls(**arguments, **EXTRA_ARGUMENTS.get(arch, {}))
     if arch == "local_vit":
         for _, feed_forward in model.transformer.layers:
             net = feed_forward.fn.fn.net

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ from sklearn.metrics import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_vit
 from data_vit import decode_image
-from utils_vit import load_checkpoint, selected_weights
+from utils_vit import TrainingState, load_checkpoint, selected_weights
 from vit import build_model
 
 CLASSES = ["cat", "dog", "eel"]
@@ -316,6 +318,24 @@ def test_a_run_of_a_single_step_changes_the_weights(
 ) -> None:
     runs = [train_on(no_test, epochs=1, batch_size=1000, weight_decay=0, lr=lr) for lr in (1e-2, 1)]
     assert not equal(*(state_of(run)["model"] for run in runs))
+
+
+def test_dropout_follows_from_seed_and_step() -> None:
+    """Masks differ from step to step and from seed to seed, and a step that is repeated has the same."""
+    model = build_model(
+        "vit", image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=32,
+        dropout=0.5,
+    )  # fmt: skip
+    images, targets = torch.randn(8, 3, 8, 8), torch.arange(8) % 3
+
+    def loss(seed: int, step: int) -> float:
+        state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=0.0), None)
+        state.step = step
+        args = SimpleNamespace(seed=seed, precision="float32", label_smoothing=0.0, clip_grad=0)
+        return main_vit.training_step(state, images, targets, args)[0].item()
+
+    assert loss(0, 7) == loss(0, 7)
+    assert len({loss(seed, step) for seed in (0, 1) for step in (0, 1, 2)}) == 6
 
 
 # --- every parameter matters ------------------------------------------------------------------------
