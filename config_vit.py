@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import math
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,23 @@ import vit
 DEMO = {"image_size": 16, "patch_size": 4, "channel": 1, "val_split": 0.2}
 LEARNING_RATE = {"adam": 5e-4, "adamw": 5e-4, "sgd": 2e-2, "rmsprop": 2e-4}
 # About one run and its place, not about what is trained: neither in args.yaml nor sampled by NNI.
-NOT_SAVED = {"config", "check", "resume", "model_dir", "request_from_nni"}
+NOT_SAVED = {"config", "check", "resume", "auto_resume", "model_dir", "request_from_nni"}
 # Not every architecture takes these; the default of dim_head is vt_dim / vt_heads.
 ARCH_DEFAULTS = {"dim_head": None, "pool": "cls", "dropout": 0.0, "emb_dropout": 0.0}
 MAY_CHANGE_ON_RESUME = {
     *("epochs", "max_steps", "download_dir", "cache_dir", "workers", "threads", "gpu"),
+    *("checkpoint_steps", "checkpoint_minutes"),
 }
 UNSET = object()
 
 
 class UsageError(ValueError):
     """Input that this program cannot work with; the text is one line that names it and the remedy."""
+
+    def __init__(self, text: str) -> None:
+        # It quotes what people gave: line breaks, control characters, values of thousands of digits.
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        super().__init__(text if len(text) <= 900 else f"{text[:440]} ... {text[-440:]}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,33 +49,42 @@ class Parser(argparse.ArgumentParser):
         unset = argparse.Namespace(**{action.dest: UNSET for action in self._actions})
         values, unknown = self.parse_known_args(argv, unset)
         if unknown:
-            name = unknown[0].split("=")[0]
-            valid = sorted(o for action in self._actions for o in action.option_strings[-1:])
-            near = difflib.get_close_matches(name, valid, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise UsageError(f"unknown parameter {name}{hint}; valid ones: {' '.join(valid)}")
+            raise self.unknown(unknown[0].split("=")[0])
         return {k: v for k, v in vars(values).items() if v is not UNSET and k != "help"}
+
+    def unknown(self, name: str) -> UsageError:
+        """The error for an option that there is not."""
+        valid = sorted(o for action in self._actions for o in action.option_strings[-1:])
+        near = difflib.get_close_matches(name, valid, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return UsageError(f"unknown parameter {name}{hint}; valid ones: {' '.join(valid)}")
 
     def given_by(self, source: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """The same for a mapping, from YAML or NNI; `-` and `_` are the same in a name.
 
         A nested choice of NNI, {"optimizer": {"_name": "sgd", "momentum": 0.9}}, gives both parameters.
         """
-        flags = {o: a.dest for a in self._actions if a.nargs == 0 for o in a.option_strings}
+        actions = {option: action for action in self._actions for option in action.option_strings}
         argv, switched_off = [], {}
-        for name, value in flattened(parameters):
-            option = "--" + str(name).replace("_", "-")
-            if option[2:].replace("-", "_") in NOT_SAVED | {"help"}:
-                raise UsageError(f"{source}: {name} belongs on the command line")
-            if isinstance(value, dict | list):
-                raise UsageError(f"{source}: {name} is {value}, not a single value")
-            if value is False and option in flags:
-                switched_off[flags[option]] = False
-            elif value is not None:
-                argv.append(option if value is True and option in flags else f"{option}={value}")
         try:
+            for name, value in flattened(parameters):
+                option = "--" + str(name).replace("_", "-")
+                action = actions.get(option)
+                if action is None:
+                    raise self.unknown(option)
+                if action.dest in NOT_SAVED | {"help"}:
+                    raise UsageError(f"{name} belongs on the command line")
+                if isinstance(value, dict | list):
+                    kind = "mapping" if isinstance(value, dict) else "list"
+                    raise UsageError(f"{name} is a {kind}, not a single value")
+                if value is False and action.nargs == 0:
+                    switched_off[action.dest] = False
+                elif value is not None:
+                    switch = value is True and action.nargs == 0
+                    argv.append(option if switch else f"{option}={value}")
             return self.given(argv) | switched_off
-        except UsageError as error:
+        # Beside UsageError: a number of too many digits for Python, a YAML mapping that holds itself.
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{source}: {error}") from None
 
 
@@ -83,15 +100,16 @@ def flattened(parameters: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Any:
     """An argparse type: an int or float from `low` (or `above` it) to `high`; 4.0 is the int 4."""
+    largest = min(high, 2**63 - 1 if kind is int else sys.float_info.max)  # that torch can take
 
     def convert(text: str) -> float:
         value = float(text) if kind is float or not text.isdecimal() else int(text)
         bounds = f"{'above' if above else 'at least'} {low}" + (
-            f" and at most {high}" if high < math.inf else ""
+            f" and at most {largest}" if high < math.inf or value > largest else ""
         )
         if kind is int and value != value // 1:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number")
-        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+        if not (low < value if above else low <= value) or not value <= largest:
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return kind(value)
 
@@ -156,7 +174,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text())
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # PyYAML's, and those of Python's types that it lets out
         raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{file} is not a mapping of parameter names to values")
@@ -167,20 +185,23 @@ def continue_given(parser: Parser, given: dict[str, Any]) -> dict[str, Any]:
     """What --resume continues: the parameters of the checkpoint, and those given that may change."""
     if "init_from" in given:
         raise UsageError("--resume continues a run and --init-from starts one: give one of them")
-    saved = parser.given_by(
-        str(given["resume"]), utils_vit.load_checkpoint(given["resume"])["args"]
-    )
-    differing = {
-        k for k, v in given.items()
-        if k not in NOT_SAVED | MAY_CHANGE_ON_RESUME and saved.get(k) != v
-    }  # fmt: skip
-    if differing:
-        changed = ", ".join(f"{k} {saved.get(k)} -> {given[k]}" for k in sorted(differing))
+    state, _ = utils_vit.load_newest(given["resume"])
+    saved = parser.given_by(str(given["resume"]), state["args"])
+    changes = differences(saved, {**saved, **given})
+    if changes:
         raise UsageError(
-            f"--resume continues a run with its own parameters, but given were: {changed}; "
+            f"--resume continues a run with its own parameters, but given were: {changes}; "
             "--init-from starts a new run from its weights"
         )
     return saved | given
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """The parameters that may not change within a run and do, as "lr 0.1 -> 0.2, ..."."""
+    names = sorted((saved.keys() | now.keys()) - NOT_SAVED - MAY_CHANGE_ON_RESUME)
+    return ", ".join(
+        f"{k} {saved.get(k)} -> {now.get(k)}" for k in names if saved.get(k) != now.get(k)
+    )
 
 
 def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -237,8 +258,9 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
             "leave --gpu out to use what there is"
         )
     for name in ("download_dir", "cache_dir", "init_from"):
-        if getattr(args, name) is not None:
-            setattr(args, name, getattr(args, name).expanduser().absolute())
+        if (path := getattr(args, name)) is not None:
+            # Path's own raises where there is no such user, or no home.
+            setattr(args, name, Path(os.path.expanduser(path)).absolute())
 
 
 def divide_patches(args: argparse.Namespace) -> None:
@@ -246,7 +268,8 @@ def divide_patches(args: argparse.Namespace) -> None:
     size = args.image_size
     for name in ("patch_num", "patch_size"):
         if (value := getattr(args, name)) is not None and size % value:
-            fitting = " ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+            # Not up to the size itself, which may be mistyped by any number of digits.
+            fitting = " ".join(str(n) for n in range(1, min(size, 2048) + 1) if size % n == 0)
             raise UsageError(
                 f"{name} {value} does not divide image_size {size}: use one of {fitting}"
             )

@@ -7,11 +7,10 @@ nnictl create --config config.yml            a search; every trial runs this fil
 import argparse
 import logging
 import math
-import os
 import signal
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from tqdm import tqdm
 import data_vit
 import nni_vit
 import report_vit
+import setup_vit
 import utils_vit
-import vit
-from config_vit import LEARNING_RATE, NOT_SAVED, Parser, UsageError, number, resolve
+from config_vit import LEARNING_RATE, Parser, UsageError, number, resolve
 from data_vit import DataError
 from utils_vit import CheckpointError, RunFailed, Stopped, StopSignals, TrainingState
 
@@ -93,6 +92,9 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("output, resume, NNI").add_argument
     add("--model-dir", type=Path, metavar="DIR", help="output folder, under NNI its own (default: runs/<time>-<seed>)")
+    add("--checkpoint-steps", type=positive, metavar="N", help="save every N steps too, not only after an epoch")
+    add("--checkpoint-minutes", type=number(float, 0, above=True), metavar="T", help="save every T minutes too")
+    add("--auto-resume", action="store_true", help="go on with the run that --model-dir holds, if any; always so under NNI")
     add("--resume", type=Path, metavar="FILE", help="continue the run of this checkpoint.pth.tar, in its folder")
     add("--init-from", type=Path, metavar="FILE", help="start a new run from the weights of this checkpoint")
     add("--config", type=Path, metavar="FILE", help="YAML of parameters; the args.yaml of a run repeats it")
@@ -134,58 +136,65 @@ def main(argv: list[str] | None = None) -> int:
 
 def main_worker(args: argparse.Namespace, trial: nni_vit.Trial | None) -> None:
     """One run, from the images to results.json. All that is written, logged and reported is so from here."""
-    output = output_folder(args, trial)
-    device = choose_device(args, trial)
-    data = open_data(args)
-    state = make_state(args, device)
+    device = setup_vit.choose_device(args, trial)
+    output = setup_vit.output_folder(args, trial)
+    data = setup_vit.open_data(args)
+    state = setup_vit.make_state(args, device)
     if args.resume:
-        continue_run(state, args.resume, data)
+        data.notes.extend(setup_vit.continue_run(state, args.resume, data))
     elif args.init_from:
-        data.notes.extend(start_from(state, args.init_from, data.classes))
-    parameters = saved_parameters(args)
+        data.notes.extend(setup_vit.start_from(state, args.init_from, data.classes))
+    output.mkdir(parents=True, exist_ok=True)
+    parameters = setup_vit.saved_parameters(args)
     utils_vit.replace_file(output / "args.yaml", yaml.safe_dump(parameters).encode())
     for line in report_vit.describe(args, device, data, state.model, output, state.step):
         log.info(line)
-
-    def save(is_best: bool) -> None:
-        extra = {"args": parameters, "classes": data.classes, "train_images": len(data.train)}
-        utils_vit.save_checkpoint(
-            state.state_dict() | extra, is_best, output / "checkpoint.pth.tar"
-        )
 
     steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     if trial:
         trial.link_tensorboard()
+    if state.step >= total_steps and (output / "results.json").exists():
+        log.info(f"this run is finished: {output}/results.json; --epochs makes it longer")
+        if trial:
+            trial.finish(nni_metrics(state.best, args.metric))
+        return
     # The line of an epoch that was cut short is written again when the epoch is completed.
     whole_epochs = state.step // steps_per_epoch * steps_per_epoch
     recorder = report_vit.Recorder(output, whole_epochs if state.step < total_steps else state.step)
+    identity = {"args": parameters, "classes": data.classes, "train_images": len(data.train)}
+    saver = utils_vit.Saver(output, identity, args.checkpoint_steps, args.checkpoint_minutes)
     signals = StopSignals()
+
+    def after_step() -> None:
+        if signals.received or saver.due(state.step):
+            check_finite(state)  # before anything is saved
+            signals.check()
+            saver.save(state)
+
     try:
         while state.step < total_steps or state.validated < state.step:
             state.epoch = (state.step - bool(state.outputs)) // steps_per_epoch
+            pieces = state.pieces
             line = {"epoch": state.epoch + 1}
-            line |= train(state, data.train, args, device, total_steps, signals)
-            metrics, _, _ = validate(state, data.val, args, device, signals)
+            line |= train(state, data.train, args, device, total_steps, after_step)
+            metrics, _, _ = validate(state, data.val, args, device, signals.check)
             line |= {f"val_{name}": value for name, value in metrics.items()}
             best = state.best and state.best[f"val_{args.metric}"]
-            is_best = best is None or report_vit.improves(
-                args.metric, line[f"val_{args.metric}"], best
-            )
-            if is_best:
-                state.best = line
-            state.validated = state.step
-            if state.step % steps_per_epoch == 0:
-                state.outputs = []
+            value = line[f"val_{args.metric}"]
+            is_best = best is None or report_vit.improves(args.metric, value, best)
+            state.complete_epoch(line, is_best, state.step % steps_per_epoch == 0)
             recorder.epoch(line)
-            save(is_best)
+            saver.save(state, is_best)
+            if state.pieces > pieces:
+                log.info(f"GPU memory was short: batches are now taken in {state.pieces} pieces")
             log.info(report_vit.epoch_text(line, args.epochs, is_best))
             if trial:
                 trial.report(line["epoch"], nni_metrics(line, args.metric))
-        results = results_of(state, data, args, device, signals, output)
+        results = results_of(state, data, args, device, signals.check, output)
     except Stopped:
         if state.step < total_steps or state.validated < state.step:  # else all is saved already
-            save(is_best=False)
+            saver.save(state)
         log.info(
             f"stopped at step {state.step}; continue with --resume {output}/checkpoint.pth.tar"
         )
@@ -205,11 +214,11 @@ def train(
     args: argparse.Namespace,
     device: torch.device,
     total_steps: int,
-    signals: StopSignals,
+    after_step: Callable[[], None],
 ) -> dict[str, float]:
     """Train what is left of epoch number `state.epoch` (from 0); returns its metrics.
 
-    Raises Stopped between two steps, and RunFailed with the epoch and step if the loss is not finite.
+    Calls `after_step` between steps. Raises RunFailed with the epoch and step if the loss is not finite.
     """
     steps_per_epoch = math.ceil(len(split) / args.batch_size)
     start = state.step - state.epoch * steps_per_epoch
@@ -239,10 +248,9 @@ def train(
         state.outputs.append((loss, logits, targets))
         images_seen += len(targets)
         # To look at the loss is to wait for the GPU, so it is done once in a while there.
-        look = device.type == "cpu" or state.step % 50 == 0 or signals.received
-        if look and not loss.isfinite():
+        if (device.type == "cpu" or state.step % 50 == 0) and not loss.isfinite():
             break
-        signals.check()
+        after_step()
     check_finite(state)
     seconds = time.perf_counter() - began
 
@@ -264,20 +272,50 @@ def train(
 def training_step(
     state: TrainingState, images: Tensor, targets: Tensor, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step; returns the loss () and the logits (batch, classes), detached."""
-    torch.manual_seed(utils_vit.seed_for(args.seed, "step", state.step))  # dropout
-    with autocast(images.device, args.precision):
-        logits = state.model(images)
-    loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.label_smoothing)
-    state.optimizer.zero_grad()
-    loss.backward()
+    """One optimizer step; returns the loss () and the logits (batch, classes), detached.
+
+    A batch for which the GPU has not enough memory is taken in more and more pieces, with the same
+    gradient. Raises RunFailed if a single image is too much.
+    """
+    while True:
+        try:
+            loss, logits = gradient(state, images, targets, args)
+            break
+        except torch.OutOfMemoryError:
+            if state.pieces >= len(images):
+                raise RunFailed(
+                    f"a single image of {args.image_size} x {args.image_size} in {args.patch_num} x "
+                    f"{args.patch_num} patches does not fit into the GPU's memory: half the "
+                    "--patch-num takes a quarter, half the --vt-dim or --vt-depth takes half"
+                ) from None
+            state.pieces *= 2
     if args.clip_grad:
         nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
     state.optimizer.step()
     state.step += 1
     if state.ema:
         state.ema.update(state.model, state.step)
-    return loss.detach(), logits.detach().float()
+    return loss, logits
+
+
+def gradient(
+    state: TrainingState, images: Tensor, targets: Tensor, args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the mean loss, added up over `state.pieces`; returns loss and logits as above."""
+    torch.manual_seed(utils_vit.seed_for(args.seed, "step", state.step))  # dropout
+    state.optimizer.zero_grad()
+    size = math.ceil(len(images) / state.pieces)
+    loss, logits = torch.zeros((), device=images.device), []
+    for part, part_targets in zip(images.split(size), targets.split(size), strict=True):
+        with autocast(images.device, args.precision):
+            output = state.model(part)
+        part_loss = F.cross_entropy(
+            output.float(), part_targets, label_smoothing=args.label_smoothing
+        ) * (len(part) / len(images))
+        part_loss.backward()
+        loss += part_loss.detach()
+        logits.append(output.detach().float())
+    return loss, torch.cat(logits)
 
 
 def check_finite(state: TrainingState) -> None:
@@ -296,9 +334,9 @@ def validate(
     split: data_vit.Split,
     args: argparse.Namespace,
     device: torch.device,
-    signals: StopSignals,
+    after_batch: Callable[[], None],
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """Every image of the split once, through the selected weights.
+    """Every image of the split once, through the selected weights; calls `after_batch` between batches.
 
     Returns the metrics, the probabilities (images, classes) and the targets (images,).
     """
@@ -308,7 +346,7 @@ def validate(
         with autocast(device, args.precision):
             logits.append(model(images).float())
         targets.append(batch_targets)
-        signals.check()
+        after_batch()
     loss = F.cross_entropy(torch.cat(logits), torch.cat(targets)).item()
     if not math.isfinite(loss):
         raise RunFailed(
@@ -324,7 +362,7 @@ def results_of(
     data: data_vit.Data,
     args: argparse.Namespace,
     device: torch.device,
-    signals: StopSignals,
+    after_batch: Callable[[], None],
     output: Path,
 ) -> dict[str, Any]:
     """What results.json holds: the best epoch and, read here and only here, the test images."""
@@ -332,7 +370,7 @@ def results_of(
     state.selected_model.load_state_dict(utils_vit.selected_weights(saved))
     test = None
     if data.test:
-        metrics, probabilities, targets = validate(state, data.test, args, device, signals)
+        metrics, probabilities, targets = validate(state, data.test, args, device, after_batch)
         test = metrics | report_vit.test_report(probabilities, targets, data.classes)
     return {
         "metric": args.metric,
@@ -346,134 +384,6 @@ def results_of(
         "device": str(device),
         "torch": torch.__version__,
     }
-
-
-# --- the parts of main_worker -----------------------------------------------------------------------
-
-
-def output_folder(args: argparse.Namespace, trial: nni_vit.Trial | None) -> Path:
-    """Make the folder that this run alone writes to. Raises UsageError if it cannot be written."""
-    if trial and trial.output_dir:
-        folder = trial.output_dir
-        # `nnictl resume` starts trials in flight again, in the folder that holds their checkpoint.
-        if (folder / "checkpoint.pth.tar").exists():
-            args.resume = folder / "checkpoint.pth.tar"
-    elif args.resume:
-        folder = args.resume.parent
-        if args.model_dir and args.model_dir.resolve() != folder.resolve():
-            raise UsageError(
-                f"--resume continues in {folder}, the folder of its checkpoint: leave --model-dir out"
-            )
-    elif args.model_dir:
-        folder = args.model_dir
-    else:
-        folder = Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{args.seed}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"output folder {folder} cannot be written: {error.strerror}; give --model-dir another"
-        ) from None
-    if not args.resume and (folder / "checkpoint.pth.tar").exists():
-        raise UsageError(
-            f"{folder} holds a run already: continue it with --resume {folder}/checkpoint.pth.tar "
-            "or give --model-dir another folder"
-        )
-    return folder
-
-
-def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torch.device:
-    """The device of the run, its number of threads, and the precision that `auto` stands for."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    gpus = torch.cuda.device_count()
-    if gpus == 0:
-        device = torch.device("cpu")
-        capabilities = torch.cpu.get_capabilities()
-        fast_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    else:
-        turn = nni_vit.trial_gpu(trial.sequence_id, gpus) if trial else 0
-        device = torch.device("cuda", turn if args.gpu is None else args.gpu)
-        fast_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    if args.precision == "auto":
-        args.precision = "bfloat16" if fast_bfloat16 else "float32"
-    return device
-
-
-def open_data(args: argparse.Namespace) -> data_vit.Data:
-    """The images of --download-dir, or the demo."""
-    data = data_vit.open_data(
-        args.download_dir or data_vit.make_digits(),
-        num_classes=args.num_classes,
-        image_size=args.image_size,
-        channels=args.channel,
-        val_split=args.val_split,
-        seed=args.seed,
-        cache_dir=args.cache_dir or Path("~/.cache/vit-nni").expanduser(),
-        workers=args.workers or len(os.sched_getaffinity(0)),
-        skip_broken=args.skip_broken,
-    )
-    args.num_classes = len(data.classes)
-    val_classes = np.unique(data.val.targets[data.val.indices])
-    if args.metric == "auc" and len(val_classes) < args.num_classes:
-        raise UsageError("--metric auc needs validation images of every class")
-    return data
-
-
-def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
-    """Model with fresh weights, optimizer and EMA from the parameters."""
-    torch.manual_seed(utils_vit.seed_for(args.seed, "weights"))
-    model = vit.build_model(
-        args.arch, image_size=args.image_size, patch_size=args.patch_size, channels=args.channel,
-        num_classes=args.num_classes, dim=args.vt_dim, depth=args.vt_depth, heads=args.vt_heads,
-        mlp_dim=args.mlp_dim, dim_head=args.dim_head, pool=args.pool, dropout=args.dropout,
-        emb_dropout=args.emb_dropout,
-    ).to(device)  # fmt: skip
-    optimizer = utils_vit.make_optimizer(
-        args.optimizer, model, args.lr, args.weight_decay, args.momentum
-    )
-    return TrainingState(model, optimizer, args.moving_average_decay)
-
-
-def continue_run(state: TrainingState, file: Path, data: data_vit.Data) -> None:
-    """--resume: the whole state of a checkpoint. Raises CheckpointError if it is of another run."""
-    saved = utils_vit.load_checkpoint(file)
-    if saved["classes"] != data.classes:
-        raise CheckpointError(f"checkpoint {file} is of other classes than the data")
-    if saved["train_images"] != len(data.train):
-        raise CheckpointError(
-            f"checkpoint {file} is of {saved['train_images']:,} training images, here are "
-            f"{len(data.train):,}: --init-from starts a new run from its weights"
-        )
-    if saved["best"] and not file.with_name("model_best.pth.tar").exists():
-        raise CheckpointError(
-            f"{file.parent} has no model_best.pth.tar, which the run goes on with"
-        )
-    state.load_state_dict(saved)
-
-
-def start_from(state: TrainingState, file: Path, classes: list[str]) -> list[str]:
-    """--init-from: only the weights of a checkpoint; returns what the log should say of it."""
-    saved = utils_vit.load_checkpoint(file)
-    try:
-        changes = vit.load_pretrained(
-            state.model, utils_vit.selected_weights(saved), saved["classes"] == classes
-        )
-    except ValueError as error:
-        raise CheckpointError(
-            f"--init-from: {error}: give the model parameters that it was trained with"
-        ) from None
-    if state.ema:
-        state.ema.model.load_state_dict(state.model.state_dict())
-    return [f"init-from {file}: {change}" for change in changes or ["all weights as they were"]]
-
-
-def saved_parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """What args.yaml and checkpoints hold: every parameter with an effect, as plain types."""
-    values = {k: v for k, v in vars(args).items() if k not in NOT_SAVED and v is not None}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

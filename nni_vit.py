@@ -1,10 +1,12 @@
 """Everything that knows NNI 3.0: what a trial is given, what it reports, and the quirks around it."""
 
+import ctypes
 import json
 import logging
 import math
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +28,7 @@ class Trial:
         self._finished = False
         if not self.inside:
             return
+        end_with_parent()
         import nni.trial
 
         self._nni = nni.trial
@@ -135,6 +138,16 @@ def finite(metrics: dict[str, float]) -> dict[str, float]:
     if not math.isfinite(metrics.get("default", math.nan)):
         raise ValueError(f"NNI needs a finite 'default' metric: {metrics}")
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def end_with_parent() -> None:
+    """Makes Linux send this process SIGTERM when its parent is gone; elsewhere nothing happens."""
+    # NNI's manager, killed by a lack of memory say, leaves its trials running. The one that follows it
+    # under `nnictl resume` starts them again, in the same folders. A bash that NNI kills but that hid
+    # its signal from Python is such a parent too.
+    parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    with suppress(AttributeError):
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
 
 def trial_gpu(sequence_id: int, device_count: int) -> int:

@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import signal
+import time
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 CHECKPOINT_FORMAT = 1
+SEAL_LENGTH = len("sha256:") + 64
+PREVIOUS = "previous.pth.tar"
 
 
 class CheckpointError(ValueError):
@@ -27,15 +31,31 @@ def save_checkpoint(
 ) -> None:
     """Write `state` to `filename`, whole or not at all; the best also to `model_best.pth.tar` beside it.
 
-    Raises OSError (disk full, read-only folder); the file that was there before is then still whole.
+    The checkpoint that was there before stays as `previous.pth.tar`. Raises OSError (disk full,
+    read-only folder); what was there before is then still whole.
     """
     filename = Path(filename)
     # torch.save into memory first: its zip writer turns a full disk into a RuntimeError without a cause.
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    replace_file(filename, buffer.getbuffer())
+    content = sealed(buffer)
+    # The best first: after a crash in between, the last one leads to this best once more.
     if is_best:
-        _link_or_copy(filename, filename.with_name("model_best.pth.tar"))
+        replace_file(filename.with_name("model_best.pth.tar"), content)
+    if filename.exists():
+        _link_or_copy(filename, filename.with_name(PREVIOUS))
+    replace_file(filename, content)
+
+
+def sealed(archive: io.BytesIO) -> memoryview:
+    """The zip archive of torch.save with its own SHA-256 as the comment that zip allows at its end."""
+    content = archive.getbuffer()
+    content[-2:] = SEAL_LENGTH.to_bytes(2, "little")  # the field for the length of the comment
+    seal = b"sha256:" + hashlib.sha256(content).hexdigest().encode()
+    content.release()
+    archive.seek(0, io.SEEK_END)
+    archive.write(seal)
+    return archive.getbuffer()
 
 
 def replace_file(filename: Path, content: bytes | memoryview) -> None:
@@ -71,18 +91,43 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def load_checkpoint(filename: str | Path) -> dict[str, Any]:
     """The state that `save_checkpoint` wrote, on the CPU. Runs no code from the file. Raises CheckpointError."""
     try:
-        state = torch.load(filename, map_location="cpu", weights_only=True)
+        content = Path(filename).read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {filename} does not exist") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise CheckpointError(f"checkpoint {filename} cannot be read: {error.strerror}") from None
-    except Exception:  # whatever a damaged or hostile file makes torch's reader raise
-        raise CheckpointError(
-            f"checkpoint {filename} is damaged or was not written by main_vit.py"
-        ) from None
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"checkpoint {filename} was not written by this main_vit.py")
+    body, seal = content[:-SEAL_LENGTH], content[-SEAL_LENGTH:]
+    foreign = CheckpointError(f"checkpoint {filename} is damaged or was not written by main_vit.py")
+    if seal != b"sha256:" + hashlib.sha256(body).hexdigest().encode():
+        raise foreign
+    try:
+        # Anybody can put a seal on anything, so what follows trusts nothing either.
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > len(content):
+                raise foreign  # would unpack to more than it is
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+            raise foreign
+        weights = [w for key in ("model", "ema") for w in (state.get(key) or {}).values()]
+        if any(w.numel() * w.element_size() > w.untyped_storage().nbytes() for w in weights):
+            raise foreign  # a large shape over a small storage
+        finite = all(w.isfinite().all() for w in weights)
+    except Exception:  # whatever a hostile file makes zipfile or torch raise
+        raise foreign from None
+    if not finite:
+        raise CheckpointError(f"checkpoint {filename} holds weights that are not finite")
     return state
+
+
+def load_newest(filename: Path) -> tuple[dict[str, Any], str | None]:
+    """A checkpoint, or if it is damaged the one before it and what to say of that. Raises CheckpointError."""
+    try:
+        return load_checkpoint(filename), None
+    except CheckpointError as error:
+        previous = filename.with_name(PREVIOUS)
+        if not previous.exists():
+            raise
+        return load_checkpoint(previous), f"{error}: going on from {previous}"
 
 
 def selected_weights(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -127,8 +172,17 @@ class TrainingState:
         self.step = 0  # optimizer steps taken
         self.validated = 0  # the step after which validation came last
         self.best: dict[str, Any] | None = None  # the metrics line of the best epoch
+        self.pieces = 1  # parts that a batch is taken in, for want of GPU memory
         # Of each step of the epoch under way: loss, logits (batch, classes), targets (batch,).
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def complete_epoch(self, line: dict[str, Any], is_best: bool, is_whole: bool) -> None:
+        """Note that the epoch was validated with the metrics `line`; a whole one leaves no outputs."""
+        if is_best:
+            self.best = line
+        self.validated = self.step
+        if is_whole:
+            self.outputs = []
 
     @property
     def selected_model(self) -> nn.Module:
@@ -162,6 +216,31 @@ class TrainingState:
         self.epoch, self.step, self.validated = state["epoch"], state["step"], state["validated"]
         self.best = state["best"]
         self.outputs = [tuple(part.to(device) for part in step) for step in state["outputs"]]
+
+
+class Saver:
+    """Writes the checkpoints of one run, after every epoch and every `steps` or `minutes` between."""
+
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], steps: int | None, minutes: float | None
+    ) -> None:
+        self.file = folder / "checkpoint.pth.tar"
+        self.identity = identity  # what a checkpoint says of its run beside the state
+        self.steps, self.seconds = steps, minutes and minutes * 60
+        self.saved_at = time.monotonic()
+        for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for a checkpoint between two epochs."""
+        if self.steps and step % self.steps == 0:
+            return True
+        return bool(self.seconds) and time.monotonic() - self.saved_at >= self.seconds
+
+    def save(self, state: TrainingState, is_best: bool = False) -> None:
+        """Raises OSError; the checkpoints that were there before are then whole."""
+        save_checkpoint(state.state_dict() | self.identity, is_best, self.file)
+        self.saved_at = time.monotonic()
 
 
 def make_optimizer(

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import main_vit
+import setup_vit
 from config_vit import UsageError, resolve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -43,7 +44,8 @@ OPTIONS = {
         "--scheduler", "-g --gamma", "--warmup-epochs", "--dont-adjust-learning-rate",
     ],
     "output, resume, NNI": [
-        "--model-dir", "--resume", "--init-from", "--config", "--request-from-nni", "--check",
+        "--model-dir", "--checkpoint-steps", "--checkpoint-minutes", "--auto-resume", "--resume",
+        "--init-from", "--config", "--request-from-nni", "--check",
     ],
 }  # fmt: skip
 
@@ -288,7 +290,7 @@ def test_values_that_are_not_single(value: Any, config) -> None:
 )
 def test_saved_parameters_repeat_the_run(argv: str, tmp_path: Path) -> None:
     args = parameters(*argv.split())
-    saved = main_vit.saved_parameters(args)
+    saved = setup_vit.saved_parameters(args)
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(saved))
     again = parameters("--config", str(tmp_path / "args.yaml"))
     assert vars(again) | {"config": None} == vars(args)
@@ -302,7 +304,7 @@ def test_saved_parameters_repeat_the_run(argv: str, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_repeated_run_may_differ_in_one_parameter(argv: str, config) -> None:
-    saved = yaml.safe_dump(main_vit.saved_parameters(parameters()))
+    saved = yaml.safe_dump(setup_vit.saved_parameters(parameters()))
     name, *values = argv.split()
     args = vars(parameters(*config(saved), name, *values))
     assert str(args[name[2:].replace("-", "_")]) == "".join(values or ["True"])
@@ -419,6 +421,7 @@ import logging, signal, sys, torch
 before = signal.getsignal(signal.SIGINT), torch.get_num_threads(), torch.random.initial_seed()
 sys.argv = ["main_vit.py", "--no-such-option"]
 import main_vit
+import setup_vit
 after = signal.getsignal(signal.SIGINT), torch.get_num_threads(), torch.random.initial_seed()
 assert before == after
 assert not logging.getLogger().handlers
@@ -434,6 +437,7 @@ def test_one_run_needs_no_nni(image_folder: Path, tmp_path: Path, home: Path) ->
 import sys
 sys.modules["nni"] = None  # an import of it would fail
 import main_vit
+import setup_vit
 status = main_vit.main({argv})
 print("nni:", [name for name in sys.modules if name.startswith("nni.")], status)
 """

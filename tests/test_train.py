@@ -226,7 +226,7 @@ def test_curves_pictures_and_parameters(trained: Path, read_lines: ReadLines) ->
     assert last["step"] == 5 * STEPS == lines[-1]["step"] and last["outputs"] == []
     assert sorted(os.listdir(trained)) == [
         *("args.yaml", "checkpoint.pth.tar", "confusion_matrix.png", "metrics.jsonl"),
-        *("metrics.png", "model_best.pth.tar", "results.json", "tensorboard"),
+        *("metrics.png", "model_best.pth.tar", "previous.pth.tar", "results.json", "tensorboard"),
     ]
 
 

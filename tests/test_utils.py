@@ -86,7 +86,8 @@ def test_best_is_beside_last_and_survives_later_saves(tmp_path: Path) -> None:
         assert best.exists() == (step >= 2)
         if step >= 2:
             assert load_checkpoint(best)["step"] == step - step % 2
-    assert sorted(os.listdir(tmp_path)) == [last.name, best.name]
+            assert load_checkpoint(tmp_path / "previous.pth.tar")["step"] == step - 1
+    assert sorted(os.listdir(tmp_path)) == [last.name, best.name, "previous.pth.tar"]
 
 
 def test_a_disk_that_fills_up_keeps_the_old_file(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_load_checkpoint_refuses(tmp_path: Path) -> None:
             load_checkpoint(file)
     for foreign in ({"model": {}}, {"format": 99}, [1, 2], torch.zeros(3)):
         torch.save(foreign, file)
-        with pytest.raises(CheckpointError, match="was not written by this main_vit.py"):
+        with pytest.raises(CheckpointError, match="was not written by main_vit.py"):
             load_checkpoint(file)
 
 

@@ -1,0 +1,329 @@
+"""What must not lose a run: kills, full disks, damaged and hostile checkpoints, too little GPU memory."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import main_vit
+from config_vit import resolve
+from utils_vit import (
+    CheckpointError,
+    RunFailed,
+    TrainingState,
+    load_checkpoint,
+    make_optimizer,
+    save_checkpoint,
+    sealed,
+)
+
+TINY = [
+    "--image-size",
+    "8",
+    "--patch-size",
+    "4",
+    "--vt-dim",
+    "16",
+    "--vt-depth",
+    "1",
+    "--vt-heads",
+    "2",
+    "--mlp-dim",
+    "32",
+    "--batch-size",
+    "2",
+    "--lr",
+    "3e-3",
+    "--epochs",
+    "3",
+    "--threads",
+    "1",
+    "--dropout",
+    "0.1",
+    "--affine",
+    "0.1",
+    "--flip",
+    "both",
+    "--moving-average-decay",
+    "0.9",
+    "--val-split",
+    "0.2",
+]
+RunMain = Callable[..., Any]
+
+
+def same(one: Any, other: Any) -> bool:
+    """To the bit, but for the two measurements of time."""
+    if isinstance(one, dict):
+        keys = one.keys() - {"seconds", "images_per_second"}
+        return keys == other.keys() - {"seconds", "images_per_second"} and all(
+            same(one[key], other[key]) for key in keys
+        )
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def differing(one: Path, other: Path, read_lines: Callable[[Path], Any]) -> list[str]:
+    """What differs between the files that two runs left."""
+    names = [] if read_lines(one) == read_lines(other) else ["metrics.jsonl"]
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        a, b = load_checkpoint(one / name), load_checkpoint(other / name)
+        keys = ("model", "ema", "optimizer", "epoch", "step", "validated", "best", "outputs")
+        names += [f"{name}: {key}" for key in keys if not same(a[key], b[key])]
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
+    return names + (["results.json"] if results[0] != results[1] else [])
+
+
+# --- checkpoints between epochs, and going on by itself ----------------------------------------------
+
+
+def test_checkpoints_between_epochs_change_nothing(
+    image_folder: Path, run_main: RunMain, read_lines, tmp_path: Path
+) -> None:
+    runs = {
+        "plain": [],
+        "steps": ["--checkpoint-steps", "3"],
+        "time": ["--checkpoint-minutes", "1e-6"],
+    }
+    for name, options in runs.items():
+        argv = ["--download-dir", image_folder, *TINY, *options, "--model-dir", tmp_path / name]
+        assert run_main(*argv).status == 0
+        previous = load_checkpoint(tmp_path / name / "previous.pth.tar")["step"]
+        assert previous == {"plain": 32, "steps": 48, "time": 48}[name]  # 16 steps an epoch
+        assert differing(tmp_path / "plain", tmp_path / name, read_lines) == []
+
+
+def test_auto_resume(image_folder: Path, run_main: RunMain, read_lines, tmp_path: Path) -> None:
+    """The same command goes on, refuses another configuration, and does nothing to a finished run."""
+    folder = ["--download-dir", image_folder, *TINY, "--auto-resume", "--model-dir"]
+    assert run_main(*folder, tmp_path / "whole").status == 0
+    assert run_main(*folder, tmp_path / "part", "--max-steps", 20).status == 0
+    result = run_main(*folder, tmp_path / "part", "--lr", 0.1, "--vt-dim", 32)
+    assert result.status == 2
+    assert "other parameters: dim_head 8 -> 16, lr 0.003 -> 0.1, vt_dim 16 -> 32" in result.stderr
+    result = run_main(*folder, tmp_path / "part")
+    assert result.status == 0 and "resumed after step 20" in result.stdout
+    assert differing(tmp_path / "whole", tmp_path / "part", read_lines) == []
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.*")}
+    result = run_main(*folder, tmp_path / "part")
+    assert result.status == 0 and "this run is finished" in result.stdout
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.*")}
+    assert {path.name for path in before if before[path] != after[path]} <= {"args.yaml"}
+
+
+# --- files that are wrong -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_folder(image_folder: Path, run_main: RunMain, tmp_path: Path) -> Path:
+    argv = ["--download-dir", image_folder, *TINY, "--model-dir", tmp_path / "run"]
+    assert run_main(*argv, "--max-steps", 20, "--checkpoint-steps", 5).status == 0
+    return tmp_path / "run"
+
+
+def test_every_flipped_bit_is_noticed(run_folder: Path, tmp_path: Path) -> None:
+    whole = (run_folder / "checkpoint.pth.tar").read_bytes()
+    rng = random.Random(0)
+    positions = [0, len(whole) - 1, len(whole) - 72, *rng.sample(range(len(whole)), 300)]
+    for position in positions:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.randrange(8)
+        (tmp_path / "damaged").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_checkpoint(tmp_path / "damaged")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    image_folder: Path, run_folder: Path, run_main: RunMain, read_lines, tmp_path: Path
+) -> None:
+    checkpoint = run_folder / "checkpoint.pth.tar"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    result = run_main("--resume", checkpoint, "--max-steps", 1000)
+    assert result.status == 0, result.stderr
+    assert "is damaged" in result.stdout and "previous.pth.tar" in result.stdout
+    argv = ["--download-dir", image_folder, *TINY, "--max-steps", 1000]
+    assert run_main(*argv, "--model-dir", tmp_path / "whole").status == 0
+    assert differing(tmp_path / "whole", run_folder, read_lines) == []
+
+
+class Malice:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch malice",)
+
+
+def sealed_archive(state: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    return bytes(sealed(buffer))
+
+
+def bomb() -> bytes:
+    """A sealed archive of 2 GB of zeros in 2 MB."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"format": 1}, protocol=2))
+        with archive.open("archive/data/0", "w", force_zip64=True) as file:
+            for _ in range(2000):
+                file.write(bytes(1_000_000))
+    return bytes(sealed(buffer))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: sealed_archive({"format": 1, "model": Malice()}), "damaged or was not written"),
+        (lambda: sealed_archive({"format": 1, "model": nn.Linear(2, 2)}), "damaged or was not"),
+        (bomb, "damaged or was not written"),
+        (
+            lambda: sealed_archive({"format": 1, "model": {"w": torch.zeros(1).expand(10**12)}}),
+            "damaged or was not written",
+        ),
+        (
+            lambda: sealed_archive({"format": 1, "model": {"w": torch.tensor([1, float("nan")])}}),
+            "weights that are not finite",
+        ),
+        (lambda: sealed_archive({"format": 1, "model": [1]}), "damaged or was not written"),
+    ],
+    ids=["code", "module", "bomb", "huge shape", "nan", "not weights"],
+)
+def test_a_hostile_checkpoint_with_a_right_seal(
+    content: Callable[[], bytes], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_bytes(content())
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "file")
+    assert not (tmp_path / "malice").exists()
+
+
+def test_the_seal_is_the_comment_of_a_whole_zip(tmp_path: Path) -> None:
+    """Other tools, torch.load among them, read a sealed checkpoint as they did."""
+    save_checkpoint({"format": 1, "x": torch.arange(3)}, False, tmp_path / "file")
+    with zipfile.ZipFile(tmp_path / "file") as archive:
+        assert archive.testzip() is None and archive.comment.startswith(b"sha256:")
+    assert torch.load(tmp_path / "file", weights_only=True)["x"].tolist() == [0, 1, 2]
+    content = (tmp_path / "file").read_bytes()
+    assert content[-64:].decode() == hashlib.sha256(content[:-71]).hexdigest()
+
+
+# --- a disk that is full ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(
+    image_folder: Path, run_main: RunMain, read_lines, small_disk: Path, tmp_path: Path
+) -> None:
+    argv = ["--download-dir", image_folder, "--cache-dir", tmp_path / "cache", *TINY]
+    output = small_disk / "run"
+    assert run_main(*argv, "--model-dir", output, "--max-steps", 20, process=True).status == 0
+    subprocess.run(["dd", "if=/dev/zero", f"of={small_disk}/full", "bs=4k"], capture_output=True)
+    result = run_main("--resume", output / "checkpoint.pth.tar", "--max-steps", 1000, process=True)
+    assert result.status in (1, 2) and "No space left on device" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+    load_checkpoint(output / "checkpoint.pth.tar")
+    (small_disk / "full").unlink()
+    resumed = run_main("--resume", output / "checkpoint.pth.tar", "--max-steps", 1000, process=True)
+    assert resumed.status == 0, resumed.stderr
+    whole = run_main(*argv, "--model-dir", tmp_path / "whole", "--max-steps", 1000)
+    assert whole.status == 0 and differing(tmp_path / "whole", output, read_lines) == []
+
+
+# --- too little GPU memory ----------------------------------------------------------------------------
+
+
+class SmallMemory(nn.Module):
+    """A model that a GPU has no room for with more than `most` images at a time."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.flatten, self.head = nn.Flatten(), nn.Linear(12, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.head(self.flatten(images))
+
+
+def step_with_memory_for(most: int) -> TrainingState:
+    args = resolve(main_vit.make_parser(), ["--precision=float32", "--label-smoothing=0.1"])
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(10, 3, 2, 2, generator=generator), torch.arange(10) % 3
+    torch.manual_seed(0)
+    model = SmallMemory(most)
+    state = TrainingState(model, make_optimizer("sgd", model, 0.1, 0, 0), None)
+    _, logits = main_vit.training_step(state, images, targets, args)
+    assert logits.shape == (10, 3)
+    return state
+
+
+@pytest.mark.parametrize(("most", "pieces"), [(9, 2), (4, 4), (1, 16)])
+def test_a_batch_too_large_is_taken_in_pieces(most: int, pieces: int) -> None:
+    whole, small = step_with_memory_for(10), step_with_memory_for(most)
+    assert (whole.pieces, small.pieces) == (1, pieces)
+    torch.testing.assert_close(small.model.state_dict(), whole.model.state_dict())
+    torch.testing.assert_close(small.model.head.weight.grad, whole.model.head.weight.grad)
+
+
+def test_an_image_too_large_ends_the_run() -> None:
+    with pytest.raises(RunFailed, match="a single image of 16 x 16 in 4 x 4 patches does not fit"):
+        step_with_memory_for(0)
+
+
+# --- kills --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(
+    image_folder: Path, run_main: RunMain, home: Path, read_lines, tmp_path: Path
+) -> None:
+    """SIGKILL again and again, mostly while a checkpoint is written: nothing is lost."""
+    sys.path.insert(0, str(Path(main_vit.__file__).parent / "benchmarks"))
+    from kill_runs import kill_until_done
+
+    argv = ["--download-dir", str(image_folder), *TINY, "--checkpoint-steps", "1", "--auto-resume"]
+    argv += ["--epochs", "12"]
+    assert run_main(*argv, "--model-dir", tmp_path / "whole").status == 0
+    environment = {**os.environ, "HOME": str(home)}
+    kills = runs = 0
+    while kills < 12:
+        runs += 1
+        output = tmp_path / f"killed{runs}"
+        kills += kill_until_done([*argv, "--model-dir", str(output)], output, runs, environment)
+        assert differing(tmp_path / "whole", output, read_lines) == []
+        assert not list(output.glob(".*.tmp"))
+
+
+def test_sigterm_before_training_is_not_a_traceback(image_folder: Path, start_main) -> None:
+    with start_main("--download-dir", image_folder, *TINY) as process:
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == -signal.SIGTERM
