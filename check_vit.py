@@ -48,7 +48,7 @@ def check(file: Path, parser: Parser) -> int:
     config = load_experiment(file, found)
     tuner, space, maximum = config.tuner, config.search_space, config.max_trial_number
     limit = f"{maximum or 'any number of'} trials, {config.trial_concurrency} at a time"
-    print(f"{file}: {tuner.name or tuner.class_name}, {limit}")
+    say(f"{file}: {tuner.name or tuner.class_name}, {limit}")
     keys = {} if is_batch(tuner) else read_space(space, parser, found)
     samples, all_of_them = samples_of({key: space[key] for key in keys})
     if is_batch(tuner):
@@ -58,7 +58,8 @@ def check(file: Path, parser: Parser) -> int:
     service, metric = config.training_service, "accuracy"
     try:
         folder, argv = trial_arguments(service.trial_command, Path(service.trial_code_directory))
-        given = parser.given(argv)
+        with quiet():
+            given = parser.given(argv)
         check_command(service, given, parser, found)
         check_overridden(keys, given, found)
         with working_folder(folder):
@@ -67,17 +68,25 @@ def check(file: Path, parser: Parser) -> int:
         metric = runs[0].metric if runs else given.get("metric", metric)
     except UsageError as error:
         found.errors.append(f"trialCommand: {error}")
+    except SystemExit:
+        found.errors.append("trialCommand: --help ends every trial at once")
     if is_batch(tuner) or len(keys) == len(space):
         check_algorithm("tuner", tuner, space, metric, parser, found)
     if config.assessor:
         check_algorithm("assessor", config.assessor, space, metric, parser, found)
 
     for text in found.warnings:
-        print(f"warning: {text}")
+        say(f"warning: {text}")
     for text in found.errors:
-        print(f"error: {text}")
-    print(f"{file} {'cannot run as it should' if found.errors else 'can run'}")
+        say(f"error: {text}")
+    say(f"{file} {'cannot run as it should' if found.errors else 'can run'}")
     return 2 if found.errors else 0
+
+
+def say(text: str) -> None:
+    """print, but what the output's encoding lacks is shown by its number."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def shortened(texts: list[str]) -> list[str]:
@@ -194,7 +203,7 @@ def read_space(space: dict[str, Any], parser: Parser, found: Findings) -> dict[s
             reason = one_line(error).removeprefix(f'search space "{name}" ')
             found.errors.append(f"search space: {name}: {reason}")
         state = "ok   " if len(found.errors) == errors else "WRONG"
-        print(f"  {name!s:{width}}  {state}  {values_text(spec)}")
+        say(f"  {name!s:{width}}  {state}  {values_text(spec)}")
     return keys
 
 
@@ -232,11 +241,11 @@ def trial_arguments(command: str, folder: Path) -> tuple[Path, list[str]]:
     for _, group in itertools.groupby(words, lambda word: set(word) <= set(";&|()")):
         part = list(group)
         if part[0] == "cd" and len(part) == 2:
-            folder = folder / Path(part[1]).expanduser()
+            folder = folder / os.path.expanduser(part[1])
         for i, word in enumerate(part):
             script = "main_vit.py" if part[max(i - 1, 0) : i + 1] == ["-m", "main_vit"] else word
             if Path(script).name == "main_vit.py":
-                if not (folder / script).is_file():
+                if not os.path.isfile(folder / script):
                     raise UsageError(f"{folder / script} does not exist")
                 return folder, part[i + 1 :]
     raise UsageError(f"it does not run main_vit.py: {command}")
@@ -286,7 +295,7 @@ def check_command(service: Any, given: dict[str, Any], parser: Parser, found: Fi
             "trialGpuNumber (gpuNum) 0 hides the GPU from trials: leave it out to use what is there"
         )
         (found.errors if "gpu" in given else found.warnings).append(text)
-    elif number and number / service.max_trial_number_per_gpu >= gpus:  # NNI's test, one too strict
+    elif number and number >= gpus * service.max_trial_number_per_gpu:  # NNI's test, one too strict
         found.errors.append(
             f"trialGpuNumber (gpuNum) {number} does not work in NNI 3.0 on a machine with {gpus} GPUs "
             "(with one it freezes): leave it out to use what is there"
@@ -328,7 +337,8 @@ def check_runs(runs: list[Any], keys: dict[str, set[str]], local: bool, found: F
     """What the parameters of the runs tell beyond being valid."""
     for name in ("download_dir", "init_from") if local else ():
         for path in sorted({getattr(run, name) for run in runs} - {None}):
-            if not (path.is_dir() if name == "download_dir" else path.is_file()):
+            # Path's own raise where a name is too long.
+            if not (os.path.isdir if name == "download_dir" else os.path.isfile)(path):
                 found.errors.append(f"--{name.replace('_', '-')} {path} does not exist")
     searched = set().union(*keys.values())
     if runs and "momentum" in searched and not {"sgd", "rmsprop"} & {r.optimizer for r in runs}:

@@ -50,7 +50,10 @@ class Parser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(argv, unset)
         if unknown:
             raise self.unknown(unknown[0].split("=")[0])
-        return {k: v for k, v in vars(values).items() if v is not UNSET and k != "help"}
+        given = {k: v for k, v in vars(values).items() if v is not UNSET and k != "help"}
+        for name in (k for k, v in given.items() if isinstance(v, list)):
+            raise UsageError(f"{name} lacks a value")  # what argparse makes of --lr=--
+        return given
 
     def unknown(self, name: str) -> UsageError:
         """The error for an option that there is not."""

@@ -1,93 +1,27 @@
-"""From a folder of images to batches: classes, splits, decoding, the cache of decoded images, flips."""
+"""From decoded images to batches: the demo, the splits, shuffling, flips and moves."""
 
-import hashlib
-import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-IMAGE_EXTENSIONS = {
-    *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".jp2", ".tga"),
-}
-CACHE_FORMAT = 1  # to be raised when decoding changes
+from images_vit import (
+    DataError,
+    ImageFolder,
+    decode_folder,
+    is_folder,
+    printable,
+    read_image_folder,
+)
+
 DEMO_FOLDER = Path("dataset/digits")
-
-
-class DataError(ValueError):
-    """A data folder that cannot be trained on; the text is one line with the remedy."""
-
-
-# --- the folder -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images of one split's folder: `paths[i]` is of class number `targets[i]`."""
-
-    folder: Path
-    classes: list[str]
-    paths: list[Path]
-    targets: np.ndarray  # int64 (images,)
-    ignored: Counter = field(default_factory=Counter)  # extension -> files that are not images
-
-
-def read_image_folder(folder: Path, classes: list[str] | None = None) -> ImageFolder:
-    """List the class folders of `folder`; `classes` are those of train/, which number all splits.
-
-    Raises DataError if there is no such folder, fewer than two classes, other classes than train/'s
-    or a class without an image.
-    """
-    if not folder.is_dir():
-        raise DataError(
-            f"data folder {folder} does not exist; give --download-dir a folder that does"
-        )
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(found) < 2:
-        raise DataError(
-            f"data folder {folder} has {len(found)} class folders; "
-            "it needs one sub-folder of images for each of at least 2 classes"
-        )
-    if classes is not None and found != classes:
-        different = ", ".join(sorted(set(found) ^ set(classes)))
-        raise DataError(f"{folder} has other classes than train/: {different}")
-    paths, targets, ignored = [], [], Counter()
-    for number, name in enumerate(found):
-        images = []
-        for path in _files_below(folder / name):
-            if path.suffix.lower() in IMAGE_EXTENSIONS:
-                images.append(path)
-            else:
-                ignored[path.suffix or path.name] += 1
-        if not images:
-            raise DataError(f"class folder {folder / name} has no images (*.jpg, *.png, ...)")
-        paths += images
-        targets += [number] * len(images)
-    return ImageFolder(folder, found, paths, np.array(targets, dtype=np.int64), ignored)
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """Files at any depth, sorted, without hidden ones; links to folders are followed, circles once."""
-    files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
-        if real not in seen:
-            files += [Path(parent, name) for name in names if not name.startswith(".")]
-        seen.add(real)
-    return sorted(files)
 
 
 def hold_out(targets: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,141 +56,22 @@ def make_digits(folder: Path = DEMO_FOLDER) -> Path:
     digits = load_digits()
     train, test = hold_out(digits.target, 0.2, seed=0)
     copy = folder.with_name(f".{folder.name}-{os.getpid()}")
-    for split, indices in (("train", train), ("test", test)):
-        for index in indices:
-            path = copy / split / str(digits.target[index]) / f"{index:04d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = (digits.images[index] * (255 / 16)).round().astype(np.uint8)
-            Image.fromarray(pixels).save(path)
     try:
+        for split, indices in (("train", train), ("test", test)):
+            for index in indices:
+                path = copy / split / str(digits.target[index]) / f"{index:04d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = (digits.images[index] * (255 / 16)).round().astype(np.uint8)
+                Image.fromarray(pixels).save(path)
         copy.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(copy)
-        if not folder.is_dir():
-            raise
-    return folder
-
-
-# --- decoding ---------------------------------------------------------------------------------------
-
-
-def decode_image(path: Path, size: int, channels: int) -> np.ndarray:
-    """One image as uint8 (channels, size, size), turned as its EXIF says and squeezed to a square.
-
-    Transparent pixels become white; 16-bit grey keeps its upper 8 bits. Raises whatever Pillow raises
-    on a file that it cannot decode (OSError, SyntaxError, ValueError, ...).
-    """
-    mode = {1: "L", 3: "RGB"}[channels]
-    with Image.open(path) as image:
-        image.draft(mode, (size, size))  # lets libjpeg decode at a fraction of the size
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            pixels = np.asarray(image).astype(np.int64) >> 8
-            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("floating-point pixels have no defined range")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert(mode).resize((size, size), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image).reshape(size, size, channels)
-    return pixels.transpose(2, 0, 1)
-
-
-@dataclass(frozen=True)
-class DecodedImages:
-    """All images of an `ImageFolder`, decoded: `pixels[i]` is uint8 (channels, size, size)."""
-
-    pixels: np.ndarray  # uint8 (images, channels, size, size), mapped from the cache
-    broken: dict[int, str]  # index -> why it could not be decoded
-    file: Path
-    built: bool  # by this process, just now
-
-
-def decode_folder(
-    images: ImageFolder, size: int, channels: int, cache_dir: Path, workers: int
-) -> DecodedImages:
-    """Decode every image once and keep the result in `cache_dir`, where every later run maps it.
-
-    The cache file belongs to the list of (path, size, modification time) and to the image size and
-    channels. Of processes that need the same one at once, one builds it and the others wait.
-    Raises DataError if the cache folder cannot be written or the disk has no room.
-    """
-    listing = [
-        [str(path.relative_to(images.folder)), *_size_and_time(path)] for path in images.paths
-    ]
-    key = hashlib.sha256(json.dumps([CACHE_FORMAT, size, channels, listing]).encode()).hexdigest()
-    file = cache_dir / f"{key[:32]}.npy"
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):
-            built = False
-            try:
-                pixels, broken = _open_cache(file)
-            except (FileNotFoundError, ValueError, EOFError):  # ... or cut off by a crash
-                _build_cache(images, size, channels, file, workers)
-                pixels, broken = _open_cache(file)
-                built = True
     except OSError as error:
-        raise DataError(
-            f"the cache of decoded images cannot be kept in {cache_dir}: {error.strerror or error}; "
-            "make room there or give --cache-dir another folder"
-        ) from None
-    return DecodedImages(pixels, broken, file, built)
-
-
-def _open_cache(file: Path) -> tuple[np.ndarray, dict[int, str]]:
-    """The pixels and the reasons of what is broken, by index."""
-    broken = json.loads(file.with_suffix(".json").read_text())
-    return np.load(file, mmap_mode="r"), {int(i): why for i, why in broken.items()}
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:  # a link to nowhere; decoding it says so
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
-
-
-def _build_cache(images: ImageFolder, size: int, channels: int, file: Path, workers: int) -> None:
-    temporary = file.with_suffix(".tmp")
-    shape = (len(images.paths), channels, size, size)
-    try:
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        # Claim the disk space now: writing to a mapped file on a full disk would kill the process.
-        with open(temporary, "r+b") as reserved:
-            os.posix_fallocate(reserved.fileno(), 0, temporary.stat().st_size)
-        broken = {}
-        # Threads are enough: Pillow decodes and resizes without Python's lock.
-        pool = ThreadPoolExecutor(workers)
-        try:
-            tasks = {
-                pool.submit(_decode_into, pixels, i, path, size, channels): i
-                for i, path in enumerate(images.paths)
-            }
-            description = f"decoding {images.folder}"
-            for task in tqdm(
-                as_completed(tasks), description, len(tasks), leave=False, disable=None
-            ):
-                if (reason := task.result()) is not None:
-                    broken[tasks[task]] = reason
-        finally:
-            pool.shutdown(cancel_futures=True)
-        pixels.flush()
-        file.with_suffix(".json").write_text(json.dumps(broken))
-        temporary.rename(file)
+        if not folder.is_dir():  # else another process was first
+            raise DataError(
+                f"the demo cannot be written to {folder}: {error.strerror or error}"
+            ) from None
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _decode_into(pixels: np.ndarray, i: int, path: Path, size: int, channels: int) -> str | None:
-    """Decode into row `i`; returns why that was not possible."""
-    try:
-        pixels[i] = decode_image(path, size, channels)
-    except Exception as error:  # decoders raise nearly anything on broken bytes
-        return " ".join(str(error).split()) or type(error).__name__
-    return None
+        shutil.rmtree(copy, ignore_errors=True)
+    return folder
 
 
 # --- splits -----------------------------------------------------------------------------------------
@@ -285,6 +100,24 @@ class Data:
     notes: list[str]
 
 
+def _read_splits(
+    download_dir: Path, num_classes: int | None, val_split: float | None
+) -> dict[str, ImageFolder]:
+    """The image folders of train and, where they exist and count, val and test."""
+    has_train = is_folder(download_dir / "train")
+    folders = {"train": read_image_folder(download_dir / "train" if has_train else download_dir)}
+    classes = folders["train"].classes
+    if num_classes not in (None, len(classes)):
+        raise DataError(
+            f"--num-classes is {num_classes}, but {folders['train'].folder} has {len(classes)} class "
+            f"folders ({', '.join(classes[:10])}): leave --num-classes out or correct it"
+        )
+    for name in ("val", "test"):
+        if has_train and is_folder(download_dir / name) and not (name == "val" and val_split):
+            folders[name] = read_image_folder(download_dir / name, classes)
+    return folders
+
+
 def open_data(
     download_dir: Path,
     *,
@@ -302,21 +135,17 @@ def open_data(
     Validation is val/ where it exists, else a tenth of train/; a given `val_split` wins over val/.
     Raises DataError.
     """
-    if not download_dir.is_dir():
+    try:
+        if not download_dir.is_dir():
+            raise DataError(
+                f"data folder {download_dir} does not exist; give --download-dir one that does"
+            )
+        folders = _read_splits(download_dir, num_classes, val_split)
+    except OSError as error:
         raise DataError(
-            f"data folder {download_dir} does not exist; give --download-dir one that does"
-        )
-    has_train = (download_dir / "train").is_dir()
-    folders = {"train": read_image_folder(download_dir / "train" if has_train else download_dir)}
+            f"data folder {download_dir} cannot be listed: {error.filename}: {error.strerror}"
+        ) from None
     classes = folders["train"].classes
-    if num_classes not in (None, len(classes)):
-        raise DataError(
-            f"--num-classes is {num_classes}, but {folders['train'].folder} has {len(classes)} class "
-            f"folders ({', '.join(classes[:10])}): leave --num-classes out or correct it"
-        )
-    for name in ("val", "test"):
-        if has_train and (download_dir / name).is_dir() and not (name == "val" and val_split):
-            folders[name] = read_image_folder(download_dir / name, classes)
 
     notes, splits, broken = [], {}, []
     for name, images in folders.items():
@@ -353,6 +182,7 @@ def open_data(
             f"validation has only {len(splits['val'])} images for {len(classes)} classes: "
             "selection on so few is noisy; --val-split 0.2 holds out more of train/"
         )
+    notes = [printable(note) for note in notes]
     return Data(classes, splits["train"], splits["val"], splits.get("test"), notes)
 
 

@@ -5,6 +5,7 @@ nnictl create --config config.yml            a search; every trial runs this fil
 """
 
 import argparse
+import io
 import logging
 import math
 import signal
@@ -27,7 +28,7 @@ import report_vit
 import setup_vit
 import utils_vit
 from config_vit import LEARNING_RATE, Parser, UsageError, number, resolve
-from data_vit import DataError
+from images_vit import DataError
 from utils_vit import CheckpointError, RunFailed, Stopped, StopSignals, TrainingState
 
 log = logging.getLogger("vit")
@@ -107,6 +108,8 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad input is one line on stderr and status 2."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files can be any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         parser = make_parser()
         command_line = parser.given(argv)
@@ -124,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         main_worker(args, trial)
         return 0
     except (UsageError, DataError, CheckpointError) as error:
-        print(f"main_vit.py: error: {error}", file=sys.stderr)
+        print(f"main_vit.py: error: {UsageError(str(error))}", file=sys.stderr)  # one line
         return 2
     except (RunFailed, OSError) as error:
         print(f"main_vit.py: {error}; what was saved before is whole", file=sys.stderr)

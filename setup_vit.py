@@ -84,7 +84,7 @@ def open_data(args: argparse.Namespace) -> data_vit.Data:
         channels=args.channel,
         val_split=args.val_split,
         seed=args.seed,
-        cache_dir=args.cache_dir or Path("~/.cache/vit-nni").expanduser(),
+        cache_dir=args.cache_dir or Path(os.path.expanduser("~/.cache/vit-nni")),
         workers=args.workers or len(os.sched_getaffinity(0)),
         skip_broken=args.skip_broken,
     )
@@ -98,12 +98,16 @@ def open_data(args: argparse.Namespace) -> data_vit.Data:
 def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
     """Model with fresh weights, optimizer and EMA from the parameters."""
     torch.manual_seed(utils_vit.seed_for(args.seed, "weights"))
-    model = vit.build_model(
-        args.arch, image_size=args.image_size, patch_size=args.patch_size, channels=args.channel,
-        num_classes=args.num_classes, dim=args.vt_dim, depth=args.vt_depth, heads=args.vt_heads,
-        mlp_dim=args.mlp_dim, dim_head=args.dim_head, pool=args.pool, dropout=args.dropout,
-        emb_dropout=args.emb_dropout,
-    ).to(device)  # fmt: skip
+    try:
+        model = vit.build_model(
+            args.arch, image_size=args.image_size, patch_size=args.patch_size, channels=args.channel,
+            num_classes=args.num_classes, dim=args.vt_dim, depth=args.vt_depth, heads=args.vt_heads,
+            mlp_dim=args.mlp_dim, dim_head=args.dim_head, pool=args.pool, dropout=args.dropout,
+            emb_dropout=args.emb_dropout,
+        ).to(device)  # fmt: skip
+    except (RuntimeError, TypeError) as error:  # so many parameters that torch cannot hold them
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"a model of these sizes cannot be built: {reason}") from None
     optimizer = utils_vit.make_optimizer(
         args.optimizer, model, args.lr, args.weight_decay, args.momentum
     )

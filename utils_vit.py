@@ -124,8 +124,8 @@ def load_newest(filename: Path) -> tuple[dict[str, Any], str | None]:
     try:
         return load_checkpoint(filename), None
     except CheckpointError as error:
-        previous = filename.with_name(PREVIOUS)
-        if not previous.exists():
+        previous = filename.parent / PREVIOUS
+        if not os.path.exists(previous):
             raise
         return load_checkpoint(previous), f"{error}: going on from {previous}"
 

@@ -15,18 +15,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import data_vit
-from data_vit import (
-    DataError,
-    Split,
-    batches,
-    decode_folder,
-    decode_image,
-    hold_out,
-    make_digits,
-    open_data,
-    read_image_folder,
-    training_batches,
-)
+from data_vit import Split, batches, hold_out, make_digits, open_data, training_batches
+from images_vit import DataError, DecodedImages, decode_folder, decode_image, read_image_folder
 
 REPOSITORY = Path(data_vit.__file__).parent
 CPU = torch.device("cpu")
@@ -317,7 +307,7 @@ def test_a_class_of_which_nothing_is_left(image_folder: Path) -> None:
 # --- the cache --------------------------------------------------------------------------------------
 
 
-def decode_small(folder: Path, size: int = 8, channels: int = 3) -> data_vit.DecodedImages:
+def decode_small(folder: Path, size: int = 8, channels: int = 3) -> DecodedImages:
     return decode_folder(read_image_folder(folder), size, channels, folder.parent / "cache", 2)
 
 
@@ -362,7 +352,7 @@ def test_two_processes_build_a_cold_cache_once(image_folder: Path) -> None:
     code = """if True:
         import sys, time
         from pathlib import Path
-        from data_vit import decode_folder, read_image_folder
+        from images_vit import decode_folder, read_image_folder
         folder, start = Path(sys.argv[1]), float(sys.argv[2])
         images = read_image_folder(folder)
         print("ready", flush=True)

@@ -28,7 +28,7 @@ from sklearn.metrics import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_vit
-from data_vit import decode_image
+from images_vit import decode_image
 from utils_vit import TrainingState, load_checkpoint, selected_weights
 from vit import build_model
 
