@@ -65,6 +65,7 @@ SERVER = """
 import json, os, sys, traceback
 from pathlib import Path
 from PIL import Image
+import numpy.ma  # used late, when another user may not read where it lies
 from data_vit import *
 Image.init()
 np.random.default_rng()  # imported when it is first used
