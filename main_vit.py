@@ -157,14 +157,15 @@ def main_worker(args: argparse.Namespace, trial: nni_vit.Trial | None) -> None:
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     if trial:
         trial.link_tensorboard()
-    if state.step >= total_steps and (output / "results.json").exists():
+    unfinished = state.step < total_steps or state.validated < state.step
+    if not unfinished and report_vit.has_results(output, state.step):
         log.info(f"this run is finished: {output}/results.json; --epochs makes it longer")
         if trial:
             trial.finish(nni_metrics(state.best, args.metric))
         return
-    # The line of an epoch that was cut short is written again when the epoch is completed.
-    whole_epochs = state.step // steps_per_epoch * steps_per_epoch
-    recorder = report_vit.Recorder(output, whole_epochs if state.step < total_steps else state.step)
+    # Only whole epochs that a checkpoint knows of keep their line; any other will be run again.
+    whole_epochs = state.validated // steps_per_epoch * steps_per_epoch
+    recorder = report_vit.Recorder(output, whole_epochs if unfinished else state.step)
     identity = {"args": parameters, "classes": data.classes, "train_images": len(data.train)}
     saver = utils_vit.Saver(output, identity, args.checkpoint_steps, args.checkpoint_minutes)
     signals = StopSignals()

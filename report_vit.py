@@ -140,6 +140,12 @@ def results_text(results: dict[str, Any], output: Path) -> list[str]:
     ]
 
 
+def has_results(folder: Path, steps: int) -> bool:
+    """Whether results.json is that of a run of so many steps; a run made longer has an older one."""
+    file = folder / "results.json"
+    return file.exists() and json.loads(file.read_text())["steps"] == steps
+
+
 class Recorder:
     """The files of one run that are not checkpoints: metrics.jsonl, tensorboard/, results.json, pictures."""
 

@@ -126,6 +126,21 @@ def test_auto_resume(image_folder: Path, run_main: RunMain, read_lines, tmp_path
     assert {path.name for path in before if before[path] != after[path]} <= {"args.yaml"}
 
 
+def test_killed_between_the_line_of_an_epoch_and_its_checkpoint(
+    image_folder: Path, run_main: RunMain, read_lines, tmp_path: Path
+) -> None:
+    """The checkpoint before the last one is of that moment: all steps taken, nothing validated."""
+    argv = ["--download-dir", image_folder, *TINY, "--checkpoint-steps", "1", "--model-dir"]
+    for name in ("whole", "killed"):
+        assert run_main(*argv, tmp_path / name).status == 0
+    killed = tmp_path / "killed"
+    (killed / "previous.pth.tar").rename(killed / "checkpoint.pth.tar")
+    saved = load_checkpoint(killed / "checkpoint.pth.tar")
+    assert (saved["step"], saved["validated"], len(read_lines(killed))) == (48, 32, 3)
+    assert run_main("--resume", killed / "checkpoint.pth.tar").status == 0
+    assert differing(tmp_path / "whole", killed, read_lines) == []
+
+
 # --- files that are wrong -----------------------------------------------------------------------------
 
 
