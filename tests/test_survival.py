@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_train import equal
 from torch import nn
 
 import main_vit
@@ -66,25 +67,13 @@ TINY = [
 RunMain = Callable[..., Any]
 
 
-def same(one: Any, other: Any) -> bool:
-    """To the bit, but for the two measurements of time."""
-    if isinstance(one, dict):
-        keys = one.keys() - {"seconds", "images_per_second"}
-        return keys == other.keys() - {"seconds", "images_per_second"} and all(
-            same(one[key], other[key]) for key in keys
-        )
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
 def differing(one: Path, other: Path, read_lines: Callable[[Path], Any]) -> list[str]:
     """What differs between the files that two runs left."""
     names = [] if read_lines(one) == read_lines(other) else ["metrics.jsonl"]
     for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
         a, b = load_checkpoint(one / name), load_checkpoint(other / name)
         keys = ("model", "ema", "optimizer", "epoch", "step", "validated", "best", "outputs")
-        names += [f"{name}: {key}" for key in keys if not same(a[key], b[key])]
+        names += [f"{name}: {key}" for key in keys if not equal(a[key], b[key])]
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
     return names + (["results.json"] if results[0] != results[1] else [])
 
