@@ -1,0 +1,273 @@
+"""The tuners of tuners/ by themselves: what they suggest, and what they are told by trials that go wrong."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def spec(kind: str, *values: Any) -> dict[str, Any]:
+    return {"_type": kind, "_value": list(values)}
+
+
+LINEAR = {
+    "dropout": spec("uniform", 0, 0.5),
+    "share": spec("quniform", 0, 1, 0.1),
+    "heads": spec("randint", 1, 5),
+    "width": spec("choice", 64, 16, 32),
+    "depth": spec("quniform", 2, 6, 1),
+}
+NUMBERS = LINEAR | {
+    "lr": spec("loguniform", 1e-5, 1e-2),
+    "batch": spec("qloguniform", 2, 64, 2),
+}
+ALL = NUMBERS | {
+    "a": spec("normal", 0, 1),
+    "b": spec("qnormal", 5, 2, 1),
+    "c": spec("lognormal", 0, 1),
+    "d": spec("qlognormal", 1, 1, 0.5),
+    "pool": spec("choice", "cls", "mean"),
+    "optimizer": spec(
+        "choice",
+        {"_name": "sgd", "momentum": spec("quniform", 0.1, 0.9, 0.1)},
+        {
+            "_name": "adam",
+            "momentum": spec("randint", 0, 3),
+            "decay": spec("choice", {"_name": "none"}, {"_name": "some", "rate": NUMBERS["lr"]}),
+        },
+    ),
+}
+GP = {"cold_start_num": 5, "selection_num_warm_up": 100, "selection_num_starting_points": 1}
+METIS = {"cold_start_num": 4, "selection_num_starting_points": 1}
+DNGO = {"trials_per_update": 10, "num_epochs_per_training": 10, "sample_size": 100}
+TUNERS = {  # classArgs, search space, number of suggestions
+    "tpe_tuner.Tpe": ({}, ALL, 200),
+    "anneal_tuner.Anneal": ({}, ALL, 200),
+    "nni_tuners.Evolution": ({"population_size": 8}, ALL, 200),
+    "nni_tuners.GridSearch": ({}, ALL, 200),
+    "nni_tuners.GP": (GP, NUMBERS, 12),
+    "nni_tuners.Metis": (METIS, LINEAR, 6),
+    "dngo_tuner.Dngo": (DNGO, NUMBERS, 60),
+    "smac_tuner.Smac": ({"startup_trials": 5}, ALL, 15),
+}
+UNUSABLE = [math.nan, math.inf, "1.0", None, {"accuracy": 1.0}, {"default": None}, True, [1]]
+
+
+def make(name: str, space: dict[str, Any] | None = None, **arguments: Any) -> Any:
+    """A tuner that knows its search space, seeded where it is random at all."""
+    module, _, cls = name.rpartition(".")
+    if cls not in ("GridSearch",):
+        arguments = {"seed": 1, **TUNERS[name][0], **arguments}
+    tuner = getattr(importlib.import_module(module), cls)(optimize_mode="maximize", **arguments)
+    tuner.update_search_space(space or TUNERS[name][1])
+    return tuner
+
+
+def assert_fits(parameters: dict[str, Any], space: dict[str, Any]) -> None:
+    """Every key, no other, a plain type, in range, and on its step without rounding noise."""
+    assert parameters.keys() == space.keys()
+    for key, value in parameters.items():
+        if key == "_name":
+            continue
+        kind, values = space[key]["_type"], space[key]["_value"]
+        if isinstance(value, dict):
+            assert_fits(value, next(o for o in values if o["_name"] == value["_name"]))
+        elif kind == "choice":
+            assert value in values and type(value) is type(values[values.index(value)])
+        elif kind == "randint":
+            assert type(value) is int and values[0] <= value < values[1]
+        else:
+            assert type(value) in (int, float) and math.isfinite(value)
+            assert "uniform" not in kind or values[0] <= value <= values[1]
+            if kind.startswith("q"):
+                assert len(str(value)) < 8
+                assert math.isclose(value / values[2], round(value / values[2]), abs_tol=1e-6)
+                assert values[2] % 1 or type(value) is int
+
+
+def score(parameters: dict[str, Any]) -> float:
+    """Of a made-up trial; the best have a depth of 6, a dropout of 0.15."""
+    return parameters.get("depth", 0) - abs(parameters.get("dropout", 0.15) - 0.15)
+
+
+def run(tuner: Any, count: int, first: int = 0) -> list[dict[str, Any]]:
+    """Asks and tells as NNI does, and as it must not: every third trial goes wrong in another way."""
+    suggested = []
+    for number in range(first, first + count):
+        (parameters,) = tuner.generate_multiple_parameters([number])
+        suggested.append(parameters)
+        good = number % 3 or not number
+        value = {"default": score(parameters)} if good else UNUSABLE[number // 3 % len(UNUSABLE)]
+        if number % 7 == 5:
+            tuner.trial_end(number, False)  # its result comes later, or after a failure
+        tuner.receive_trial_result(number, parameters, value)
+        tuner.receive_trial_result(number, parameters, {"default": 1e9})
+        tuner.receive_trial_result(10**6, parameters, 1.0)
+        for _ in range(2):
+            tuner.trial_end(number, success=number % 2 == 0)
+        tuner.trial_end(10**6, True)
+    return suggested
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_suggestions_fit_whatever_trials_do_and_repeat_with_the_seed(name: str) -> None:
+    _, space, count = TUNERS[name]
+    suggested = run(make(name), count)
+    for parameters in suggested:
+        assert_fits(parameters, space)
+    again = min(count, 40)
+    assert run(make(name), again) == suggested[:again]
+
+
+@pytest.mark.long
+def test_smac_suggests_200() -> None:
+    for parameters in run(make("smac_tuner.Smac"), 200):
+        assert_fits(parameters, ALL)
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_a_resume_brings_the_results_back(name: str) -> None:
+    """`nnictl resume` makes a new tuner and imports what JavaScript has kept; it goes on from there."""
+    space, count = TUNERS[name][1], min(TUNERS[name][2], 20)
+    before = run(make(name), count)
+    # JavaScript knows no 4.0; a result that is not one and an older search space are among them.
+    kept = [{"parameter": p, "value": {"default": score(p)}} for p in before]
+    kept += [{"parameter": before[0], "value": "nan"}, {"parameter": {"old": 1}, "value": 1}]
+    tuner = make(name)
+    tuner.import_data(json.loads(json.dumps(kept).replace(".0,", ",")))
+    after = run(tuner, 3, first=count)
+    for parameters in after:
+        assert_fits(parameters, space)
+        assert parameters not in before
+
+
+@pytest.mark.parametrize("name", ["tpe_tuner.Tpe", "anneal_tuner.Anneal", "smac_tuner.Smac"])
+@pytest.mark.slow
+def test_it_learns(name: str) -> None:
+    """The last suggestions are nearer to the optimum than those of chance, of which a fifth is so near."""
+    space = {"dropout": spec("uniform", 0, 1), "pool": spec("choice", "cls", "mean")}
+    tuner, suggested = make(name, space), []
+    for number in range(50):
+        parameters = tuner.generate_parameters(number)
+        suggested.append(parameters)
+        penalty = parameters["pool"] == "mean"
+        value = -abs(parameters["dropout"] - 0.3) - penalty
+        tuner.receive_trial_result(number, parameters, value)
+    near = [p for p in suggested[-10:] if abs(p["dropout"] - 0.3) < 0.2 and p["pool"] == "cls"]
+    assert len(near) >= 5, suggested[-10:]
+
+
+def test_smac_is_told_failures_as_crashes() -> None:
+    """A key whose one value always fails is left alone, and the runhistory says why."""
+    from smac.runhistory import StatusType
+
+    space = {"width": spec("choice", 1, 2), "dropout": spec("uniform", 0, 1)}
+    tuner, widths = make("smac_tuner.Smac", space), []
+    for number in range(25):
+        parameters = tuner.generate_parameters(number)
+        widths.append(parameters["width"])
+        if parameters["width"] == 1:
+            tuner.receive_trial_result(number, parameters, {"default": parameters["dropout"]})
+        tuner.trial_end(number, parameters["width"] == 1)
+    trials = list(tuner._facade.runhistory.values())
+    crashed = [trial for trial in trials if trial.status == StatusType.CRASHED]
+    assert len(crashed) == widths.count(2) > 0
+    assert widths[-10:].count(1) >= 7
+
+
+def test_nobody_waits_for_smac_at_the_start() -> None:
+    """NNI gives a tuner 10 s to connect: to make it imports nothing of SMAC; not installed, it says so."""
+    code = (
+        "import sys; sys.path.append('tuners'); import smac_tuner; smac_tuner.Smac()\n"
+        "assert 'smac' not in sys.modules; sys.modules['smac'] = None\n"
+        "try: smac_tuner.Smac()\n"
+        "except ValueError as error: print(error)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert "pip install -r tuners/requirements-smac.txt" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["nni_tuners.GridSearch", "anneal_tuner.Anneal", "smac_tuner.Smac"]
+)
+def test_every_combination_once_and_then_no_more(name: str, monkeypatch) -> None:
+    monkeypatch.delenv("NNI_TUNER_COMMAND_CHANNEL", raising=False)
+    space = {"width": spec("choice", 16, 32), "depth": spec("quniform", 1, 3, 1)}
+    tuner, suggested = make(name, space), []
+    for number in range(6):
+        suggested += tuner.generate_multiple_parameters([number])
+        tuner.receive_trial_result(number, suggested[-1], {"default": score(suggested[-1])})
+    assert len({json.dumps(p, sort_keys=True) for p in suggested}) == 6
+    assert tuner.generate_multiple_parameters([6, 7]) == []
+    # Four of them before a resume: two are left.
+    tuner = make(name, space)
+    tuner.import_data([{"parameter": p, "value": score(p)} for p in suggested[:4]])
+    rest = tuner.generate_multiple_parameters([0, 1, 2])
+    assert sorted(map(str, rest)) == sorted(map(str, suggested[4:]))
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "message"),
+    [
+        ("nni_tuners.Metis", {"lr": spec("loguniform", 1e-5, 1)}, "Metis cannot search lr"),
+        ("nni_tuners.GP", {"pool": spec("choice", "cls")}, "a choice of numbers only"),
+        ("dngo_tuner.Dngo", {"x": spec("normal", 0, 1)}, "Dngo cannot search x: it takes choice"),
+    ],
+)
+def test_what_a_tuner_cannot_search_is_said(name: str, space: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(name, space)
+
+
+numbers = st.integers(1, 50)
+specs = st.one_of(
+    st.builds(lambda low, size: spec("uniform", low, low + size), numbers, numbers),
+    st.builds(lambda low, size: spec("loguniform", low / 10, low + size), numbers, numbers),
+    st.builds(lambda low, size, q: spec("quniform", low, low + size, q / 4), *[numbers] * 3),
+    st.builds(lambda mu, sigma: spec("normal", mu, sigma), numbers, numbers),
+    st.builds(lambda low, size: spec("randint", low, low + size), numbers, numbers),
+    st.lists(st.sampled_from([1, 2.5, "a", "b"]), min_size=1, unique=True).map(
+        lambda values: spec("choice", *values)
+    ),
+)
+spaces = st.dictionaries(st.sampled_from("abcd"), specs, min_size=1).flatmap(
+    lambda inner: st.dictionaries(st.sampled_from("efgh"), specs, min_size=1).map(
+        lambda outer: (
+            outer | {"nested": spec("choice", {"_name": "none"}, {"_name": "some", **inner})}
+        )
+    )
+)
+values = st.one_of(st.sampled_from(UNUSABLE), st.floats(), st.integers())
+events = st.lists(
+    st.tuples(st.sampled_from(["ask", "ask", "tell", "end"]), st.integers(0, 12), values)
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tpe_tuner.Tpe", "anneal_tuner.Anneal", "nni_tuners.Evolution", "nni_tuners.GridSearch"],
+)
+@given(space=spaces, events=events)
+@settings(max_examples=40, deadline=None)
+def test_no_order_of_events_ends_a_tuner(name: str, space: Any, events: Any) -> None:
+    tuner = make(name, space)
+    for kind, number, value in events:
+        if kind == "ask":
+            for parameters in tuner.generate_multiple_parameters([number]):
+                outer = {k: v for k, v in parameters.items() if k != "nested"}
+                assert outer.keys() == space.keys() - {"nested"}
+                json.dumps(parameters, allow_nan=False)
+        elif kind == "tell":
+            tuner.receive_trial_result(number, {}, value)
+        else:
+            tuner.trial_end(number, bool(value))

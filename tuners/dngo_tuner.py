@@ -1,0 +1,64 @@
+"""NNI's DNGO (a neural network in the place of a Gaussian process) that a trial cannot end.
+
+    tuner: {codeDirectory: tuners, className: dngo_tuner.Dngo, classArgs: {optimize_mode: maximize}}
+
+Needs `pip install -r tuners/requirements-dngo.txt`. Snoek et al.: Scalable Bayesian Optimization Using
+Deep Neural Networks, ICML 2015.
+"""
+
+from typing import Any
+
+import numpy as np
+from robust_tuner import Robust, seed_after
+
+try:
+    from nni.algorithms.hpo import dngo_tuner as nni_dngo
+except ModuleNotFoundError as error:
+    raise ValueError(
+        f"DNGO needs {error.name}: pip install -r tuners/requirements-dngo.txt"
+    ) from None
+
+
+class Dngo(Robust, nni_dngo.DNGOTuner):
+    """Spaces of numbers only. The model is asked from `trials_per_update` results on."""
+
+    types = ("choice", "randint", "uniform", "quniform", "loguniform", "qloguniform")
+    numbers_only = True
+
+    def __init__(
+        self,
+        optimize_mode: str = "maximize",
+        sample_size: int = 1000,
+        trials_per_update: int = 20,
+        num_epochs_per_training: int = 500,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__("maximize", sample_size, trials_per_update, num_epochs_per_training)
+        # NNI's would pick the least expected improvement to minimize, which is none at all.
+        self._sign = 1.0 if optimize_mode == "maximize" else -1.0
+        self._seed = seed
+        self._values: list[float] = []
+
+    def _new_space(self, space: dict[str, Any]) -> None:
+        # NNI's trains on the keys in order and predicts on them as they come.
+        super()._new_space(dict(sorted(space.items())))
+        self.random_state = np.random.RandomState(self._seed)
+        self.model.rng = self.model.prior.rng = np.random.RandomState(self._seed)
+        if self._seed is not None:
+            np.random.seed(self._seed)  # the order of batches
+            nni_dngo.torch.manual_seed(self._seed)
+
+    def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
+        # NNI's expects an improvement over 0.95, whatever the metric is: that is made the best so far.
+        self._values.append(self._sign * value)
+        scale = np.std(self._values) or 1.0
+        self.y = [0.95 + (v - max(self._values)) / scale for v in self._values[:-1]]
+        super()._tell(
+            parameter_id, parameters, 0.95 + (self._values[-1] - max(self._values)) / scale
+        )
+
+    def _replay(self, parameters: dict[str, Any], value: float) -> None:
+        self._tell(-1, parameters, value)
+
+    def _reseed(self, number: int) -> None:
+        self.random_state.seed(seed_after(self._seed, number))

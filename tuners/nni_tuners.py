@@ -1,0 +1,181 @@
+"""Tuners of NNI 3.0 that a trial can end, or that never end, made to survive; the search is NNI's own.
+
+tuner: {codeDirectory: tuners, className: nni_tuners.GridSearch}
+"""
+
+import functools
+import random
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+from nni.algorithms.hpo.evolution_tuner import EvolutionTuner, Individual
+from nni.algorithms.hpo.gp_tuner import GPTuner
+from nni.algorithms.hpo.gp_tuner import util as gp_util
+from nni.algorithms.hpo.gridsearch_tuner import GridSearchTuner
+from nni.algorithms.hpo.metis_tuner import MetisTuner
+from nni.algorithms.hpo.metis_tuner import lib_acquisition_function as metis_library
+from nni.algorithms.hpo.metis_tuner.Regression_GP import CreateModel as metis_model
+from robust_tuner import Robust, cleaned, frozen, seed_after
+
+# NNI's Metis fits five models a suggestion, each from 250 starting points: minutes for a few keys.
+metis_process = functools.partial(metis_model.create_model, n_restarts_optimizer=5)
+
+
+class GridSearch(Robust, GridSearchTuner):
+    """Every combination once, then the end of the experiment; ranges are halved again and again."""
+
+    def __init__(self, optimize_mode: str | None = None) -> None:
+        super().__init__(optimize_mode)
+        self._tried: set[Any] = set()
+
+    def _new_space(self, space: dict[str, Any]) -> None:
+        self.space = self._specs
+        self._init_grid()
+
+    def _propose(self, parameter_id: int) -> dict[str, Any]:
+        # NNI's own compares JSON, in which 4 and 4.0 differ: after a resume it would repeat itself.
+        while True:
+            parameters = super()._propose(parameter_id)
+            key = frozen(cleaned(parameters, self._search_space))
+            if key not in self._tried:
+                self._tried.add(key)
+                return parameters
+
+    def _replay(self, parameters: dict[str, Any], value: float) -> None:
+        self._tried.add(frozen(parameters))
+
+
+class Evolution(Robust, EvolutionTuner):
+    """NNI's ends the search where a trial fails after its result, or succeeds without one."""
+
+    def __init__(
+        self, optimize_mode: str = "maximize", population_size: int = 32, seed: int | None = None
+    ) -> None:
+        super().__init__(optimize_mode, population_size)
+        self._seed = seed
+
+    def _new_space(self, space: dict[str, Any]) -> None:
+        super()._new_space(space)
+        random.seed(self._seed)  # NNI's draws from both
+        self.random_state = np.random.RandomState(self._seed)
+        self.population = []
+        for _ in range(self.population_size):
+            self._random_generate_individual()
+
+    def _propose(self, parameter_id: int) -> dict[str, Any]:
+        # NNI's refuses, and loses count, where more trials run at a time than the population has.
+        if not self.population:
+            self._random_generate_individual()
+        return self._generate_individual(parameter_id)
+
+    def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
+        if parameter_id in self.running_trials:  # else its end came first and replaced it
+            super()._tell(parameter_id, parameters, value)
+
+    def _replay(self, parameters: dict[str, Any], value: float) -> None:
+        result = value if self.optimize_mode.value == "maximize" else -value
+        unknown = [one for one in self.population if one.result is None]
+        if unknown:
+            self.population.remove(unknown[0])
+        self.population.append(
+            Individual(with_index(self._search_space, parameters), result=result)
+        )
+
+
+class GP(Robust, GPTuner):
+    """NNI's ends the search at a result that is not finite; spaces of numbers only."""
+
+    types = ("choice", "randint", "uniform", "quniform", "loguniform", "qloguniform")
+    numbers_only = True
+
+    def __init__(self, optimize_mode: str = "maximize", seed: int | None = None, **kwargs: Any):
+        super().__init__(optimize_mode, **kwargs)
+        gp_util.minimize = minimize
+        self._seed, self._random_state = seed, np.random.RandomState(seed)
+        self._gp.set_params(random_state=self._random_state)
+
+    def _new_space(self, space: dict[str, Any]) -> None:
+        super()._new_space({key: for_gp(**spec) for key, spec in space.items()})
+
+    def _replay(self, parameters: dict[str, Any], value: float) -> None:
+        super()._tell(-1, parameters, value)
+
+    def _reseed(self, number: int) -> None:
+        self._random_state.seed(seed_after(self._seed, number))
+
+
+class Metis(Robust, MetisTuner):
+    """NNI's ends the search at a result that is not finite; spaces of numbers only, none of them log."""
+
+    types = ("choice", "randint", "uniform", "quniform")
+    numbers_only = True
+
+    def __init__(self, optimize_mode: str = "maximize", seed: int | None = None, **kwargs: Any):
+        super().__init__(optimize_mode, **kwargs)
+        metis_library.minimize = minimize
+        metis_model.create_model = metis_process
+        self._seed = seed
+
+    def _new_space(self, space: dict[str, Any]) -> None:
+        random.seed(self._seed)  # NNI's draws from both
+        np.random.seed(self._seed)
+        self.key_order = []  # NNI's only ever adds to it
+        super()._new_space({key: for_metis(**spec) for key, spec in space.items()})
+
+    def _replay(self, parameters: dict[str, Any], value: float) -> None:
+        self.total_data.append(parameters)
+        super()._tell(-1, parameters, value)
+
+    def _reseed(self, number: int) -> None:
+        random.seed(seed_after(self._seed, number))
+        np.random.seed(seed_after(self._seed, number))
+
+
+def minimize(fun: Any, x0: Any, *args: Any, **kwargs: Any) -> Any:
+    """scipy's as it was when NNI was written: x0 may be (1, n) and the least value is an array."""
+
+    def scalar(x: np.ndarray, *rest: Any) -> float:
+        return float(np.ravel(fun(x, *rest))[0])
+
+    result = scipy.optimize.minimize(scalar, np.ravel(x0), *args, **kwargs)
+    result.fun = np.atleast_1d(result.fun)
+    return result
+
+
+def with_index(space: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as Evolution keeps them, the value of a choice with its number."""
+    result = {}
+    for name, value in parameters.items():
+        spec = space[name]
+        if name == "_name" or spec["_type"] != "choice":
+            result[name] = value
+        elif isinstance(value, dict):
+            names = [option["_name"] for option in spec["_value"]]
+            index = names.index(value["_name"])
+            result[name] = {"_index": index, "_value": with_index(spec["_value"][index], value)}
+        else:
+            result[name] = {"_index": spec["_value"].index(value), "_value": value}
+    return result
+
+
+def for_gp(_type: str, _value: list[Any]) -> dict[str, Any]:
+    """One key as NNI's GP gets it right: ordered choices, the end of randint, steps made by `cleaned`."""
+    if _type == "choice":
+        _value = sorted(_value)
+    elif _type == "randint":
+        _type, _value = "quniform", [_value[0], _value[1] - 1, 1]
+    elif _type.startswith("q"):
+        _type, _value = _type[1:], _value[:2]
+    return {"_type": _type, "_value": _value}
+
+
+def for_metis(_type: str, _value: list[Any]) -> dict[str, Any]:
+    """One key as NNI's Metis gets it right: with a randint it may suggest the end, which is excluded."""
+    if _type == "randint":
+        return {"_type": "choice", "_value": list(range(*_value))}
+    if _type == "quniform":
+        low, high, q = _value
+        steps = range(round(low / q), round(high / q) + 1)
+        return {"_type": "choice", "_value": sorted({min(max(k * q, low), high) for k in steps})}
+    return {"_type": _type, "_value": sorted(_value) if _type == "choice" else _value}
