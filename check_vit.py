@@ -1,19 +1,13 @@
 """`main_vit.py --check config.yml`: could this NNI experiment run, and would it search what it says?"""
 
 import contextlib
-import copy
-import importlib
-import inspect
-import io
 import itertools
 import json
-import logging.handlers
+import logging
 import os
 import re
 import shlex
 import sys
-import traceback
-import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +16,14 @@ from typing import Any
 import torch
 
 import nni_vit
+from budget_vit import PBT_MAY_CHANGE
+from check_tuner_vit import check_algorithm, is_batch, one_line, quiet
 from config_vit import Parser, UsageError, read_yaml, resolve
-from report_vit import METRICS
 from space_vit import LIMIT, Sample, Variants, attempt, batch_samples, samples_of, values_text
 
 SHOWN = 5  # messages of a kind that are printed
-NO_RESULT = {"workers", "threads", "cache_dir"}  # change how fast a trial is, not what it finds
+# Change how fast a trial is, not what it finds.
+NO_RESULT = {"workers", "threads", "cache", "cache_dir", "cache_limit"}
 REDIRECTION = re.compile(r"(?<!\S)(&|\d*)[<>]+&?\s*[^\s;|&]+")  # "> log", "2>&1" in a command
 
 
@@ -54,6 +50,10 @@ def check(file: Path, parser: Parser) -> int:
     if is_batch(tuner):
         samples = batch_samples(space)
     count_trials(samples, all_of_them, maximum, found)
+    if (tuner.name or "").lower() in ("batch", "batchtuner", "gridsearch") and not maximum:
+        found.warnings.append(
+            f"tuner {tuner.name} lacks a maxTrialNumber: NNI would never call the experiment done"
+        )
 
     service, metric = config.training_service, "accuracy"
     try:
@@ -71,9 +71,12 @@ def check(file: Path, parser: Parser) -> int:
     except SystemExit:
         found.errors.append("trialCommand: --help ends every trial at once")
     if is_batch(tuner) or len(keys) == len(space):
-        check_algorithm("tuner", tuner, space, metric, parser, found)
+        added = check_algorithm("tuner", tuner, space, metric, parser, found.errors)
+        if added and not found.errors:
+            with working_folder(folder):
+                check_added(added, samples[0][0], keys, parser, without_gpu(argv), found)
     if config.assessor:
-        check_algorithm("assessor", config.assessor, space, metric, parser, found)
+        check_algorithm("assessor", config.assessor, space, metric, parser, found.errors)
 
     for text in found.warnings:
         say(f"warning: {text}")
@@ -95,23 +98,6 @@ def shortened(texts: list[str]) -> list[str]:
 
 
 # --- the file, as NNI reads it -------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[list[logging.LogRecord]]:
-    """Keeps NNI's log, prints and warnings from the report; yields the records of its log."""
-    memory, output = logging.handlers.BufferingHandler(10**6), io.StringIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import nni  # noqa: F401  # warns of pkg_resources, and sets up its log
-
-        logger = logging.getLogger("nni")
-        before, logger.handlers = logger.handlers, [memory]
-        try:
-            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                yield memory.buffer
-        finally:
-            logger.handlers = before
 
 
 def load_experiment(file: Path, found: Findings) -> Any:
@@ -167,20 +153,7 @@ def complete_gpu(config: Any, found: Findings) -> None:
         service.use_active_gpu = True
 
 
-def one_line(error: Exception) -> str:
-    """An error of other people's code in one line; of a bare assertion its condition."""
-    text = " ".join(str(error).split())
-    if not text:
-        text = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-
-
 # --- the search space ----------------------------------------------------------------------------
-
-
-def is_batch(tuner: Any) -> bool:
-    """Whether the one key of the search space stands for whole samples."""
-    return (tuner.name or "").lower() in ("batch", "batchtuner")
 
 
 def read_space(space: dict[str, Any], parser: Parser, found: Findings) -> dict[str, set[str]]:
@@ -345,68 +318,25 @@ def check_runs(runs: list[Any], keys: dict[str, set[str]], local: bool, found: F
         found.warnings.append("momentum has no effect: no trial has optimizer sgd or rmsprop")
 
 
-# --- tuner and assessor --------------------------------------------------------------------------
-
-
-def check_algorithm(
-    kind: str, config: Any, space: dict[str, Any], metric: str, parser: Parser, found: Findings
+def check_added(
+    added: Sample,
+    sample: Sample,
+    keys: dict[str, set[str]],
+    parser: Parser,
+    argv: list[str],
+    found: Findings,
 ) -> None:
-    """Make the tuner or assessor as NNI would, let a tuner generate a sample; which way it looks."""
-    name, path = config.name or config.class_name, sys.path[:]
-    with quiet():
-        try:
-            algorithm, arguments = algorithm_class(kind, config)
-            bound = inspect.signature(algorithm).bind(**arguments)
-            bound.apply_defaults()
-            added = added_parameters(config, algorithm, arguments, space if kind == "tuner" else {})
-            parser.given_by("it adds a parameter", added)
-        except Exception as error:  # of any package that a tuner may be made with
-            found.errors.append(f"{kind} {name}: {one_line(error)}")
-            return
-        finally:
-            sys.path[:] = path
-    mode = bound.arguments.get("optimize_mode", arguments.get("optimize_mode"))
-    wanted = {"max": "maximize", "min": "minimize"}[METRICS[metric]]
-    if mode not in (None, wanted):
-        said = "has" if "optimize_mode" in arguments else "lacks optimize_mode, which then is"
-        found.errors.append(
-            f"{kind} {name} {said} {mode}: it would prefer the worst models by {metric}; "
-            f"give classArgs: {{optimize_mode: {wanted}}}"
+    """What becomes of a run with the parameters that the tuner adds: budgets, folders of PBT."""
+    try:
+        run = resolve(parser, argv, sample | added)
+    except UsageError as error:
+        found.errors.append(str(error).replace("NNI's sample", "the tuner"))
+        return
+    if run.stop_epoch and run.stop_epoch < run.epochs:
+        found.warnings.append(
+            f"the tuner's largest budget {run.stop_epoch} is less than epochs {run.epochs}: no trial "
+            "would come to the end of its learning rate schedule"
         )
-
-
-def algorithm_class(kind: str, config: Any) -> tuple[type, dict[str, Any]]:
-    """The class that NNI would make, and its arguments."""
-    from nni.tools.package_utils import config_manager
-
-    path, arguments = config.class_name, dict(config.class_args or {})
-    if path:
-        sys.path.append(str(config.code_directory))  # last, as NNI does: installed packages win
-    else:
-        known = [a for a in config_manager.get_all_algo_meta() if a.algo_type == kind]
-        meta = config_manager.get_algo_meta(config.name)
-        if meta not in known:
-            names = " ".join(a.name for a in known)
-            raise ValueError(f"NNI has no {kind} of this name; it has {names}")
-        path, arguments = meta.class_name, {**(meta.class_args or {}), **arguments}
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name), arguments
-
-
-def added_parameters(
-    config: Any, algorithm: type, arguments: dict[str, Any], space: dict[str, Any]
-) -> Sample:
-    """What trials get from it beside the search space. Raises whatever it raises on the way."""
-    from nni.runtime.msg_dispatcher_base import MsgDispatcherBase
-
-    if issubclass(algorithm, MsgDispatcherBase):  # can be made inside of NNI only
-        if config.name:
-            raise ValueError("NNI 3.0's own ends with an error (issue 5263 of microsoft/nni)")
-        return {"TRIAL_BUDGET": 1}
-    os.environ.setdefault("NNI_CHECKPOINT_DIRECTORY", "checkpoint")  # PBT asks for it
-    instance = algorithm(**arguments)
-    if not space:
-        return {}
-    instance.update_search_space(copy.deepcopy(space))
-    sample = instance.generate_parameters(0)
-    return {} if is_batch(config) else {k: v for k, v in sample.items() if k not in space}
+    if run.load_checkpoint_dir:
+        for name in sorted(name for name, sets in keys.items() if not sets <= PBT_MAY_CHANGE):
+            found.errors.append(f"PBT changes values within a training, where {name} cannot change")

@@ -23,7 +23,8 @@ NOT_SAVED = {"config", "check", "resume", "auto_resume", "model_dir", "request_f
 # Not every architecture takes these; the default of dim_head is vt_dim / vt_heads.
 ARCH_DEFAULTS = {"dim_head": None, "pool": "cls", "dropout": 0.0, "emb_dropout": 0.0}
 MAY_CHANGE_ON_RESUME = {
-    *("epochs", "max_steps", "download_dir", "cache_dir", "workers", "threads", "gpu"),
+    *("epochs", "stop_epoch", "max_steps", "download_dir", "cache", "cache_dir", "cache_limit"),
+    *("workers", "threads", "gpu", "deterministic"),
     *("checkpoint_steps", "checkpoint_minutes"),
 }
 UNSET = object()
@@ -35,7 +36,7 @@ class UsageError(ValueError):
     def __init__(self, text: str) -> None:
         # It quotes what people gave: line breaks, control characters, values of thousands of digits.
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-        super().__init__(text if len(text) <= 900 else f"{text[:440]} ... {text[-440:]}")
+        super().__init__(text if len(text) <= 1100 else f"{text[:540]} ... {text[-540:]}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -224,6 +225,8 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
         raise UsageError(f"--dont-adjust-learning-rate contradicts --scheduler {args.scheduler}")
     if args.dont_adjust_learning_rate:
         args.scheduler = "constant"
+    elif args.scheduler is None and args.load_checkpoint_dir and args.gamma is None:
+        args.scheduler = "constant"  # the tuner itself changes the rate, from share to share
     elif args.scheduler is None:
         args.scheduler = "step" if args.gamma is not None else "cosine"
     if args.scheduler == "step" and args.gamma is None:
@@ -237,6 +240,8 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
             )
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise UsageError(f"warmup_epochs {args.warmup_epochs:g} is more than epochs {args.epochs}")
+
+    check_budget(args)
 
     if args.lr is None:
         args.lr = LEARNING_RATE[args.optimizer]
@@ -260,10 +265,30 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
             f"--gpu {args.gpu}: torch sees {torch.cuda.device_count()} CUDA devices here; "
             "leave --gpu out to use what there is"
         )
-    for name in ("download_dir", "cache_dir", "init_from"):
+    for name in (
+        *("download_dir", "cache_dir", "init_from"),
+        *("load_checkpoint_dir", "save_checkpoint_dir"),
+    ):
         if (path := getattr(args, name)) is not None:
             # Path's own raises where there is no such user, or no home.
             setattr(args, name, Path(os.path.expanduser(path)).absolute())
+
+
+def check_budget(args: argparse.Namespace) -> None:
+    """What a tuner that gives out training in parts may ask for. Raises UsageError."""
+    if args.load_checkpoint_dir:
+        if args.scheduler == "cosine":
+            raise UsageError(
+                "load_checkpoint_dir (PBT) goes on for --epochs again and again, without an end for a "
+                "cosine to fall to: leave --scheduler and --warmup-epochs out"
+            )
+        if args.max_steps:
+            raise UsageError("max_steps contradicts load_checkpoint_dir (PBT): give --epochs")
+    elif args.stop_epoch and args.stop_epoch > args.epochs:
+        raise UsageError(
+            f"stop_epoch (TRIAL_BUDGET) {args.stop_epoch} is more than epochs {args.epochs}: "
+            "give --epochs the largest budget, which the learning rate schedule is made for"
+        )
 
 
 def divide_patches(args: argparse.Namespace) -> None:
@@ -285,3 +310,11 @@ def divide_patches(args: argparse.Namespace) -> None:
             f"patch_num {args.patch_num} and patch_size {args.patch_size} contradict each other "
             f"for image_size {size}: give one of them"
         )
+
+
+def saved_parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """What args.yaml and checkpoints hold: every parameter with an effect, as plain types."""
+    # A run that is repeated must not write where the first one did.
+    left_out = NOT_SAVED | {"save_checkpoint_dir"}
+    values = {k: v for k, v in vars(args).items() if k not in left_out and v is not None}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

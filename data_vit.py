@@ -1,9 +1,10 @@
-"""From decoded images to batches: the demo, the splits, shuffling, flips and moves."""
+"""From decoded images to batches: the demo, the splits, shuffling, shards."""
 
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from augment_vit import Augmentation, Epoch, to_float
+from cache_vit import decode_folder
 from images_vit import (
     DataError,
     ImageFolder,
-    decode_folder,
+    Pixels,
     is_folder,
     printable,
     read_image_folder,
@@ -81,7 +84,7 @@ def make_digits(folder: Path = DEMO_FOLDER) -> Path:
 class Split:
     """The images that one purpose sees: rows `indices` of `pixels`, with `targets[indices]`."""
 
-    pixels: np.ndarray  # uint8 (images, channels, size, size)
+    pixels: "Pixels | np.ndarray | Resident"  # uint8 (images, channels, size, size)
     targets: np.ndarray  # int64 (images,)
     indices: np.ndarray  # int64 (images of this split,)
 
@@ -129,11 +132,14 @@ def open_data(
     cache_dir: Path,
     workers: int,
     skip_broken: bool,
+    cache: str = "disk",
+    cache_limit: float | None = None,
 ) -> Data:
     """Read train/, val/ and test/ of `download_dir` (or its class folders), decoded and split.
 
     Validation is val/ where it exists, else a tenth of train/; a given `val_split` wins over val/.
-    Raises DataError.
+    `cache` is "disk", "memory" or "off", `cache_limit` in GB, as `decode_folder` has them. Raises
+    DataError.
     """
     try:
         if not download_dir.is_dir():
@@ -149,18 +155,23 @@ def open_data(
 
     notes, splits, broken = [], {}, []
     for name, images in folders.items():
-        decoded = decode_folder(images, image_size, channels, cache_dir, workers)
-        keep = np.array([i for i in range(len(images.paths)) if i not in decoded.broken], np.int64)
+        limit = None if cache_limit is None else cache_limit * 1e9
+        decoded = decode_folder(images, image_size, channels, cache_dir, workers, cache, limit)
+        keep = np.delete(np.arange(len(images.names)), list(decoded.broken))
         splits[name] = Split(decoded.pixels, images.targets, keep)
         for number, name_of_class in enumerate(classes):
             if skip_broken and not (images.targets[keep] == number).any():
                 raise DataError(
                     f"class folder {images.folder / name_of_class} has no image that can be decoded"
                 )
-        broken += [f"{images.paths[i]} ({why})" for i, why in sorted(decoded.broken.items())]
-        if decoded.built:
-            megabytes = decoded.pixels.nbytes / 1e6
-            notes.append(f"decoded {images.folder} into {decoded.file} ({megabytes:,.1f} MB)")
+        broken += [f"{images.path(i)} ({why})" for i, why in sorted(decoded.broken.items())]
+        size = f"{decoded.pixels.nbytes / 1e6:,.1f} MB"
+        if cache == "off":
+            notes.append(f"{images.folder} is decoded in every epoch (--cache off)")
+        elif decoded.built:
+            notes.append(f"decoded {images.folder} into {decoded.file or 'memory'} ({size})")
+        else:
+            notes.append(f"{images.folder} is read from the cache {decoded.file} ({size})")
         if images.ignored:
             kinds = ", ".join(f"{n} x {kind}" for kind, n in images.ignored.most_common(5))
             notes.append(f"{images.folder}: files that are not images left out: {kinds}")
@@ -186,68 +197,156 @@ def open_data(
     return Data(classes, splits["train"], splits["val"], splits.get("test"), notes)
 
 
+# --- from the cache to the device ---------------------------------------------------------------------
+
+
+class Resident:
+    """The images of `pixels` in the memory of `device`, each from its first reading on."""
+
+    def __init__(self, pixels: Pixels | np.ndarray, device: torch.device) -> None:
+        self.pixels, self.shape = pixels, pixels.shape
+        self.tensor = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+        self.present = np.zeros(len(pixels), bool)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def keep_on_device(data: Data, device: torch.device, free: int) -> Data:
+    """Images for training and validation go to the device if they fit half of its `free` bytes.
+
+    The other half is for the model and what it computes.
+    """
+    parts = {id(split.pixels): split.pixels for split in (data.train, data.val)}  # mostly the same
+    if sum(pixels.nbytes for pixels in parts.values()) > free / 2:
+        return data
+    resident = {key: Resident(pixels, device) for key, pixels in parts.items()}
+    train, val = (replace(s, pixels=resident[id(s.pixels)]) for s in (data.train, data.val))
+    return replace(data, train=train, val=val)
+
+
+Fetched = tuple[np.ndarray, Tensor]  # rows of a split's pixels, and their images in host memory
+
+
+def fetch(split: Split, positions: np.ndarray, device: torch.device) -> Fetched:
+    """The images at `positions` in host memory, where a GPU takes them from while it computes.
+
+    Of images that are kept on the device, only those that it lacks. Raises DataError.
+    """
+    pixels, rows = split.pixels, split.indices[positions]
+    if isinstance(pixels, Resident):
+        pixels, rows = pixels.pixels, rows[~pixels.present[rows]]
+    shape = (len(rows), *pixels.shape[1:])
+    images = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    if isinstance(pixels, Pixels):
+        pixels.read(rows, images.numpy())
+    else:
+        np.take(pixels, rows, axis=0, out=images.numpy(), mode="clip")  # unbuffered
+    return rows, images
+
+
+def gather(
+    split: Split, positions: np.ndarray, device: torch.device, fetched: Fetched | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images uint8 (batch, channels, size, size) and targets (batch,), on `device`.
+
+    `fetched` is what `fetch` gave for the same positions. Raises DataError.
+    """
+
+    def send(array: np.ndarray) -> Tensor:  # without waiting for the device
+        tensor = torch.from_numpy(array)
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(
+            device, non_blocking=True
+        )
+
+    rows, images = fetched or fetch(split, positions, device)
+    images = images.to(device, non_blocking=True)
+    if isinstance(pixels := split.pixels, Resident):
+        if len(rows):
+            pixels.tensor[send(rows)] = images
+            pixels.present[rows] = True
+        images = pixels.tensor[send(split.indices[positions])]
+    targets = send(split.targets[split.indices[positions]])
+    return images, targets
+
+
+def read_ahead(
+    split: Split, parts: list[np.ndarray], device: torch.device
+) -> Iterator[tuple[np.ndarray, Fetched]]:
+    """Each of `parts` with its images, which are read while the one before it is computed."""
+    if isinstance(split.pixels, np.ndarray) and device.type == "cpu":  # nothing to wait for
+        yield from ((positions, fetch(split, positions, device)) for positions in parts)
+        return
+    with ThreadPoolExecutor(1) as reader:
+        tasks = (reader.submit(fetch, split, positions, device) for positions in parts)
+        ahead = next(tasks, None)
+        for positions in parts:
+            now, ahead = ahead, next(tasks, None)
+            yield positions, now.result()
+
+
 # --- batches ----------------------------------------------------------------------------------------
 
-FLIPS = {"none": (), "horizontal": (-1,), "vertical": (-2,), "both": (-1, -2)}
+
+def share_of(count: int, rank: int, ranks: int) -> slice:
+    """What process `rank` of `ranks` takes of `count` things in a row; sizes differ by at most one."""
+    return slice(count * rank // ranks, count * (rank + 1) // ranks)
 
 
 def batches(
-    split: Split,
-    batch_size: int,
-    device: torch.device,
-    order: np.ndarray | None = None,
-    start: int = 0,
+    split: Split, batch_size: int, device: torch.device, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-    """Batches of the split in `order` (positions within it; default as they lie), from batch `start` on.
+    """Batches of the split as it lies, or `rank`'s part of every batch, which may be empty.
 
     Yields images float32 (batch, channels, size, size) in [-1, 1] and targets (batch,), both on
     `device`, and the positions (batch,).
     """
-    order = np.arange(len(split)) if order is None else order
-    for first in range(start * batch_size, len(order), batch_size):
-        positions = order[first : first + batch_size]
-        rows = split.indices[positions]
-        images = torch.from_numpy(split.pixels[rows]).to(device)
-        targets = torch.from_numpy(split.targets[rows]).to(device)
-        yield images.float().div_(127.5).sub_(1.0), targets, positions
+    everything = np.arange(len(split))
+    whole = [everything[i : i + batch_size] for i in range(0, len(split), batch_size)]
+    parts = [positions[share_of(len(positions), rank, ranks)] for positions in whole]
+    for positions, fetched in read_ahead(split, parts, device):
+        images, targets = gather(split, positions, device, fetched)
+        yield to_float(images), targets, positions
 
 
 def training_batches(
     split: Split,
     batch_size: int,
     device: torch.device,
+    augmentation: Augmentation,
     *,
-    flip: str,
-    affine: float,
+    num_classes: int,
     seed: int,
     start: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch, shuffled and augmented, from batch `start` on: (images, targets) as `batches` gives them.
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """One epoch, shuffled and augmented, from batch `start` on, or `rank`'s part of every batch.
 
-    Every draw belongs to a sample of the epoch that `seed` stands for, whatever the batch it is in:
-    an epoch that is resumed in its middle goes on with the same images.
+    Yields images and targets as `batches` does and, where images are mixed, the probabilities
+    (batch, num_classes) to train on, else None. A part of a short last batch may be empty.
     """
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(split))
-    flipped = {dim: generator.random(len(split)) < 0.5 for dim in FLIPS[flip]}
-    draws = generator.uniform(-affine, affine, (len(split), 4)).astype(np.float32)
-    for images, targets, positions in batches(split, batch_size, device, order, start):
-        for dim, chosen in flipped.items():
-            mask = torch.from_numpy(chosen[positions]).to(device)
-            images = torch.where(mask[:, None, None, None], images.flip(dim), images)
-        if affine:
-            images = move_randomly(images, torch.from_numpy(draws[positions]).to(device))
-        yield images, targets
+    # Every draw belongs to a sample of the epoch that `seed` stands for, whatever the batch it is in:
+    # an epoch that is resumed in its middle, or shared by processes, shows the same images.
+    epoch = Epoch(augmentation, len(split), split.pixels.shape[-1], seed)
+    firsts = range(start * batch_size, len(split), batch_size)
+    whole = [epoch.order[first : first + batch_size] for first in firsts]
+    parts = [share_of(len(positions), rank, ranks) for positions in whole]
 
+    def shown(whole: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        own = [positions[part] for positions, part in zip(whole, parts, strict=True)]
+        ahead = read_ahead(split, own, device)
+        for positions, part, (_, fetched) in zip(whole, parts, ahead, strict=True):
+            images, targets = gather(split, positions[part], device, fetched)
+            yield epoch.show(images, positions, part), targets
 
-def move_randomly(images: Tensor, draws: Tensor) -> Tensor:
-    """Rotate, scale and shift each image by its row of `draws` (batch, 4) in [-1, 1]; edges are continued.
-
-    1 stands for 45 degrees, a scale of 2 and a shift by half the side.
-    """
-    angle = draws[:, 0] * (torch.pi / 4)
-    cosine, sine = angle.cos() * 2 ** draws[:, 1], angle.sin() * 2 ** draws[:, 1]
-    rows = (cosine, -sine, draws[:, 2], sine, cosine, draws[:, 3])
-    matrices = torch.stack(rows, dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    if not epoch.mixes:
+        yield from ((images, targets, None) for images, targets in shown(whole))
+        return
+    partners = [epoch.partners[positions] for positions in whole]
+    pairs = zip(whole, parts, shown(whole), shown(partners), strict=True)
+    for positions, part, (images, targets), (others, other_targets) in pairs:
+        images, share = epoch.mix(images, others, positions[part])
+        soft = F.one_hot(targets, num_classes) * share
+        soft += F.one_hot(other_targets, num_classes) * (1 - share)
+        yield images, targets, soft

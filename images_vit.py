@@ -1,22 +1,19 @@
-"""The images of a folder: their list, what decodes them, and the cache of decoded images that trials share."""
+"""The images of a folder: their list, and what decodes them, once or at every reading."""
 
 import contextlib
 import ctypes
-import fcntl
-import hashlib
-import json
 import logging
 import os
 import stat
 import threading
 import warnings
-import zlib
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -32,7 +29,6 @@ IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
 LARGEST_FILE = 2**30  # bytes; Pillow refuses more than 179 million pixels
 LARGE_IMAGE = 2**24  # pixels
 _large_images = threading.Lock()  # decoded one at a time: 8 bytes a pixel, 1.4 GB at most
-CACHE_FORMAT = 2  # to be raised when decoding changes
 
 
 class DataError(ValueError):
@@ -52,13 +48,17 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The images of one split's folder: `paths[i]` is of class number `targets[i]`."""
+    """The images of one split's folder: `folder / names[i]` is of class number `targets[i]`."""
 
     folder: Path
     classes: list[str]
-    paths: list[Path]
+    names: list[str]  # strings: a million Path objects take seconds and a gigabyte
     targets: np.ndarray  # int64 (images,)
     ignored: Counter = field(default_factory=Counter)  # extension -> files that are not images
+
+    def path(self, i: int) -> Path:
+        """The file of image `i`."""
+        return self.folder / self.names[i]
 
 
 def read_image_folder(folder: Path, classes: list[str] | None = None) -> ImageFolder:
@@ -80,19 +80,20 @@ def read_image_folder(folder: Path, classes: list[str] | None = None) -> ImageFo
     if classes is not None and found != classes:
         different = ", ".join(sorted(set(found) ^ set(classes)))
         raise DataError(f"{folder} has other classes than train/: {different}")
-    paths, targets, ignored = [], [], Counter()
-    for number, name in enumerate(found):
-        images = []
-        for path in _files_below(folder / name):
-            if path.suffix.lower() in IMAGE_EXTENSIONS:
-                images.append(path)
+    names, counts, ignored = [], [], Counter()
+    for name in found:
+        before = len(names)
+        for file in _files_below(str(folder), name):
+            extension = os.path.splitext(file)[1]
+            if extension.lower() in IMAGE_EXTENSIONS:
+                names.append(file)
             else:
-                ignored[path.suffix or path.name] += 1
-        if not images:
+                ignored[extension or os.path.basename(file)] += 1
+        if len(names) == before:
             raise DataError(f"class folder {folder / name} has no images (*.jpg, *.png, ...)")
-        paths += images
-        targets += [number] * len(images)
-    return ImageFolder(folder, found, paths, np.array(targets, dtype=np.int64), ignored)
+        counts.append(len(names) - before)
+    targets = np.repeat(np.arange(len(found), dtype=np.int64), counts)
+    return ImageFolder(folder, found, names, targets, ignored)
 
 
 def is_folder(path: Path) -> bool:
@@ -102,20 +103,50 @@ def is_folder(path: Path) -> bool:
     return path.is_dir()
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """Files at any depth, sorted, without hidden ones; links to folders are followed, circles once."""
+def _files_below(root: str, folder: str) -> Iterator[str]:
+    """Files at any depth of `root`/`folder` by their path below `root`, sorted by its parts.
 
-    def fail(error: OSError) -> None:  # os.walk would leave the folder out
-        raise error
+    Hidden ones are left out; links to folders are followed, circles once. Raises OSError.
+    """
+    seen: set[str] = set()
 
-    files, seen = [], set()
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
-        if real not in seen:
-            files += [Path(parent, name) for name in names if not name.startswith(".")]
+    def entries(name: str) -> Iterator[tuple[str, bool]]:
+        """(name, whether it is a folder) of what `root`/`name` holds, last one first."""
+        real = os.path.realpath(os.path.join(root, name))
+        if real in seen:
+            return
         seen.add(real)
-    return sorted(files)
+        with os.scandir(os.path.join(root, name)) as scan:
+            found = sorted((e.name, e) for e in scan if not e.name.startswith("."))
+        for own, entry in reversed(found):
+            try:
+                folder = entry.is_dir()
+            except OSError:  # a link to itself
+                folder = False
+            yield f"{name}/{own}", folder
+
+    waiting = [(folder, True)]
+    while waiting:
+        name, is_a_folder = waiting.pop()
+        if is_a_folder:
+            waiting += entries(name)
+        else:
+            yield name
+
+
+def size_time_problem(path: str) -> tuple[int, int, str]:
+    """Size, modification time, and why the file cannot be read, if so; a pipe would block for ever."""
+    try:
+        status = os.stat(path)
+    except OSError as error:  # a link to nowhere
+        return -1, -1, error.strerror
+    if not stat.S_ISREG(status.st_mode):
+        return -1, -1, "not a regular file"
+    # The second call costs as much as the first, and what everybody may read needs none.
+    if status.st_mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
+        return -1, -1, "Permission denied"
+    problem = f"file of {status.st_size:,} bytes" if status.st_size > LARGEST_FILE else ""
+    return status.st_size, status.st_mtime_ns, problem
 
 
 # --- decoding ---------------------------------------------------------------------------------------
@@ -157,136 +188,6 @@ def decode_image(path: Path, size: int, channels: int) -> np.ndarray:
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
-@dataclass(frozen=True)
-class DecodedImages:
-    """All images of an `ImageFolder`, decoded: `pixels[i]` is uint8 (channels, size, size)."""
-
-    pixels: np.ndarray  # uint8 (images, channels, size, size), mapped from the cache
-    broken: dict[int, str]  # index -> why it could not be decoded
-    file: Path
-    built: bool  # by this process, just now
-
-
-def decode_folder(
-    images: ImageFolder, size: int, channels: int, cache_dir: Path, workers: int
-) -> DecodedImages:
-    """Decode every image once and keep the result in `cache_dir`, where every later run maps it.
-
-    The cache file belongs to the list of (path, size, modification time) and to the image size and
-    channels. Of processes that need the same one at once, one builds it and the others wait. Nothing
-    is kept of files that could be listed, but then not read. Raises DataError on those, if the cache
-    folder cannot be written or the disk has no room.
-    """
-    listing = [
-        (str(path.relative_to(images.folder)), *_size_time_problem(path)) for path in images.paths
-    ]
-    key = hashlib.sha256(json.dumps([CACHE_FORMAT, size, channels, listing]).encode()).hexdigest()
-    file = cache_dir / f"{key[:32]}.npy"
-    problems = {i: problem for i, (*_, problem) in enumerate(listing) if problem}
-    try:
-        found, built = _open_cache(file), False
-        if found is None:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(cache_dir)
-            with _locked(file.with_suffix(".lock")):
-                found = _open_cache(file)
-                if found is None:
-                    found = _build_cache(images, size, channels, file, workers, problems)
-                    built = True
-    except OSError as error:
-        raise DataError(
-            f"the cache of decoded images cannot be kept in {cache_dir}: {error.strerror or error}; "
-            "make room there or give --cache-dir another folder"
-        ) from None
-    return DecodedImages(*found, file, built)
-
-
-def _size_time_problem(path: Path) -> tuple[int, int, str]:
-    """Size, modification time, and why the file cannot be read, if so; a pipe would block for ever."""
-    try:
-        status = path.stat()
-    except OSError as error:  # a link to nowhere
-        return -1, -1, error.strerror
-    if not stat.S_ISREG(status.st_mode):
-        return -1, -1, "not a regular file"
-    if not os.access(path, os.R_OK):
-        return -1, -1, "Permission denied"
-    problem = f"file of {status.st_size:,} bytes" if status.st_size > LARGEST_FILE else ""
-    return status.st_size, status.st_mtime_ns, problem
-
-
-@contextlib.contextmanager
-def _locked(file: Path, wait: bool = True) -> Iterator[None]:
-    """One process at a time, of any user who may read `file`. Raises BlockingIOError without `wait`."""
-    try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:  # it is another user's
-        if not file.exists():
-            raise
-        descriptor = os.open(file, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(cache_dir: Path) -> None:
-    """Temporary files of builders that were killed: those whose lock is free."""
-    for leftover in cache_dir.glob("*.tmp"):
-        lock = cache_dir / f"{leftover.name.split('.')[0]}.lock"
-        with contextlib.suppress(OSError), _locked(lock, wait=False):
-            leftover.unlink()
-
-
-def _open_cache(file: Path) -> tuple[np.ndarray, dict[int, str]] | None:
-    """Pixels and the reasons of what is broken, by index; None if there is no such file or it is damaged.
-
-    Behind the array there are the reasons (JSON) and the CRC-32 of all before it (4 bytes).
-    """
-    try:
-        content = np.memmap(file, np.uint8, "r")
-        if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:].tobytes(), "big"):
-            return None
-        pixels = np.load(file, mmap_mode="r")
-    except (FileNotFoundError, ValueError):  # ... or empty
-        return None
-    broken = json.loads(content[pixels.offset + pixels.nbytes : -4].tobytes())
-    return pixels, {int(i): why for i, why in broken.items()}
-
-
-def _build_cache(
-    images: ImageFolder,
-    size: int,
-    channels: int,
-    file: Path,
-    workers: int,
-    problems: dict[int, str],
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Decode into a temporary file that becomes `file`; returns what `_open_cache` would."""
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    shape = (len(images.paths), channels, size, size)
-    try:
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        with open(temporary, "r+b") as out:
-            # Claim the disk space now: writing to a mapped file on a full disk would kill the process.
-            os.posix_fallocate(out.fileno(), 0, pixels.offset + pixels.nbytes)
-            with quiet_pillow():
-                broken = problems | _decode_all(images, pixels, workers, problems)
-            out.seek(0, os.SEEK_END)
-            out.write(json.dumps(broken).encode())
-            out.flush()
-            checksum = zlib.crc32(np.memmap(temporary, np.uint8, "r"))
-            out.write(checksum.to_bytes(4, "big"))
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.rename(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    pixels.setflags(write=False)
-    return pixels, broken
-
-
 @contextlib.contextmanager
 def quiet_pillow() -> Iterator[None]:
     """Pillow's and libtiff's remarks stay out of the user's log: each file is decoded or named."""
@@ -303,38 +204,135 @@ def quiet_pillow() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _decode_all(
-    images: ImageFolder, pixels: np.ndarray, workers: int, problems: dict[int, str]
-) -> dict[int, str]:
-    """Decode every image without a problem into its row; returns why some could not be, by index."""
-    size, channels = pixels.shape[2], pixels.shape[1]
-    broken = {}
-    # Threads are enough: Pillow decodes and resizes without Python's lock.
-    pool = ThreadPoolExecutor(workers)
+def _decode(path: Path, size: int, channels: int) -> np.ndarray:
+    """`decode_image`, raising DataError if the file cannot be read and ValueError if not decoded."""
     try:
-        tasks = {
-            pool.submit(_decode_into, pixels, i, path, size, channels): i
-            for i, path in enumerate(images.paths)
-            if i not in problems
-        }
-        description = printable(f"decoding {images.folder}")
-        for task in tqdm(as_completed(tasks), description, len(tasks), leave=False, disable=None):
-            if (reason := task.result()) is not None:
-                broken[tasks[task]] = reason
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return broken
-
-
-def _decode_into(pixels: np.ndarray, i: int, path: Path, size: int, channels: int) -> str | None:
-    """Decode into row `i`; returns why that was not possible."""
-    try:
-        pixels[i] = decode_image(path, size, channels)
+        return decode_image(path, size, channels)
     except Exception as error:  # decoders raise nearly anything on broken bytes
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(
                 f"{path} could be read when the folder was listed, but no more: {error.strerror}; "
                 "start again when the folder is whole"
             ) from None
-        return printable(" ".join(str(error).split())[:200]) or type(error).__name__
-    return None
+        reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+        raise ValueError(reason) from None
+
+
+def decode_all(
+    images: ImageFolder,
+    shape: tuple[int, ...],
+    workers: int,
+    problems: dict[int, str],
+    keep: Callable[[int, np.ndarray], None],
+) -> dict[int, str]:
+    """Hand every image without a problem to `keep`; returns why the others could not be, by index."""
+
+    def decode(row: int) -> str | None:
+        try:
+            image = _decode(images.path(row), shape[2], shape[1])
+        except DataError:
+            raise
+        except ValueError as error:
+            return str(error)
+        keep(row, image)
+        return None
+
+    broken = dict(problems)
+    rows = [row for row in range(shape[0]) if row not in problems]
+    bar = tqdm(
+        None,
+        printable(f"decoding {images.folder}"),
+        len(rows),
+        leave=False,
+        disable=None,
+        unit="img",
+    )
+    # Threads are enough: Pillow decodes and resizes without Python's lock.
+    pool = ThreadPoolExecutor(workers)
+    try:
+        with quiet_pillow(), bar:
+            for first in range(0, len(rows), 4096):  # a million tasks would take a gigabyte
+                part = rows[first : first + 4096]
+                for row, reason in zip(part, pool.map(decode, part), strict=True):
+                    bar.update()
+                    if reason is not None:
+                        broken[row] = reason
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return broken
+
+
+def decode_again(path: Path, image: np.ndarray) -> None:
+    """Fill `image` (channels, size, size). Raises DataError; at the start the file could be decoded."""
+    try:
+        image[:] = _decode(path, image.shape[1], image.shape[0])
+    except ValueError as error:
+        raise DataError(f"{path} cannot be decoded any more: {error}; repair it") from None
+
+
+class Pixels:
+    """Decoded images that are read when they are needed, as uint8 (images, channels, size, size)."""
+
+    def __init__(self, images: ImageFolder, shape: tuple[int, ...]) -> None:
+        self.images, self.shape = images, shape
+        self.nbytes = int(np.prod(shape, dtype=object))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """What an array of all images would give for an index, a slice or an array of them."""
+        rows = np.arange(len(self))[key]
+        out = np.empty((rows.size, *self.shape[1:]), np.uint8)
+        self.read(rows.ravel(), out)
+        return out.reshape(*rows.shape, *self.shape[1:])
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Fill `out` (rows, channels, size, size) with the images `rows`. Raises DataError."""
+        raise NotImplementedError
+
+
+class DecodingPixels(Pixels):
+    """Images decoded whenever they are read, by several threads."""
+
+    def __init__(self, images: ImageFolder, shape: tuple[int, ...], workers: int) -> None:
+        super().__init__(images, shape)
+        self.pool = ThreadPoolExecutor(workers)
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        with quiet_pillow():
+            list(self.pool.map(decode_again, map(self.images.path, rows.tolist()), out))
+
+
+@dataclass(frozen=True)
+class DecodedImages:
+    """All images of an `ImageFolder`, decoded: `pixels[i]` is uint8 (channels, size, size)."""
+
+    pixels: Pixels | np.ndarray  # (images, channels, size, size)
+    broken: dict[int, str]  # index -> why it could not be decoded
+    file: Path | None  # of the cache on disk
+    built: bool  # by this process, just now
+
+
+def decode_here(
+    images: ImageFolder, shape: tuple[int, ...], workers: int, mode: str, problems: dict[int, str]
+) -> DecodedImages:
+    """Decode into memory, or once to see what is broken."""
+    if mode == "off":
+        broken = decode_all(images, shape, workers, problems, lambda row, image: None)
+        return DecodedImages(DecodingPixels(images, shape, workers), broken, None, True)
+    needed, available = int(np.prod(shape, dtype=object)), available_memory()
+    if needed > available:
+        raise DataError(
+            f"--cache memory: the decoded images of {images.folder} take {needed / 1e9:,.2f} GB, and "
+            f"{available / 1e9:,.2f} GB are free: leave it out, and they are kept on disk"
+        )
+    pixels = np.zeros(shape, np.uint8)
+    broken = decode_all(images, shape, workers, problems, pixels.__setitem__)
+    return DecodedImages(pixels, broken, None, True)
+
+
+def available_memory() -> int:
+    """Bytes that this machine can give to processes without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -1,4 +1,4 @@
-// Keeps NNI's page to this machine. NNI 3.0 listens on every interface, asks for no password and
+// Keeps NNI's page to this machine, and its tuner's process from outliving it. NNI 3.0 listens on every interface, asks for no password and
 // lets whoever reaches it read any file; it has no option to change that. Loaded into its Node by
 //   NODE_OPTIONS="--require=\"$PWD/loopback.cjs\"" nnictl create --config config.yml
 "use strict";
@@ -19,6 +19,9 @@ net.Server.prototype.listen = function (...args) {
   return listen.apply(this, args);
 };
 
+const endsWithParent = () =>
+  childProcess.spawnSync("setpriv", ["--pdeathsig", "TERM", "true"]).status === 0;
+
 // The page's TensorBoard button runs "tensorboard --bind_all ...". Without the shell that NNI puts
 // in between, a folder may also have a space in its name.
 const spawn = childProcess.spawn;
@@ -26,6 +29,11 @@ childProcess.spawn = function (command, args, options) {
   if (command === "tensorboard") {
     args = args.map((arg) => arg.replace(/^--bind_all /, ""));
     return spawn(command, [`--host=${LOOPBACK}`, ...args], { ...options, shell: false });
+  }
+  // The process of the tuner looks for a manager that was killed for 10 s more. Found by it, it would
+  // mix with the tuner of the manager that `nnictl resume` starts, so Linux is asked to end it at once.
+  if (Array.isArray(args) && args.includes("--exp_params") && endsWithParent()) {
+    command = `exec setpriv --pdeathsig TERM ${command}`;
   }
   return spawn(command, args, options);
 };

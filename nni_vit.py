@@ -6,7 +6,10 @@ import logging
 import math
 import os
 import re
+import select
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +23,7 @@ class Trial:
     """One NNI trial: its parameters, reports and folder; without NNI {} and reports to nowhere."""
 
     def __init__(self) -> None:
-        self.inside = "NNI_TRIAL_COMMAND_CHANNEL" in os.environ
+        self.inside = "NNI_TRIAL_JOB_ID" in os.environ
         self.id = os.environ.get("NNI_TRIAL_JOB_ID", "")
         self.sequence_id = int(os.environ.get("NNI_TRIAL_SEQ_ID", "0"))
         self.output_dir = Path(os.environ["NNI_OUTPUT_DIR"]) if self.inside else None
@@ -32,6 +35,9 @@ class Trial:
         import nni.trial
 
         self._nni = nni.trial
+        if os.environ["NNI_PLATFORM"] == "remote":
+            # What "View trial log" shows; NNI puts a trial's output there on its own machine only.
+            sys.stdout = open(self.output_dir / "trial.log", "a", buffering=1)  # noqa: SIM115
         logging.getLogger("nni.runtime.trial_command_channel").setLevel(logging.WARNING)
         # A trial in flight at `nnictl stop` starts again, after `nnictl resume`, in the same folder.
         record = self.output_dir / "nni.json"
@@ -47,7 +53,7 @@ class Trial:
         # NNI hands queued parameters to whichever trial asks first but files them by trial. What is
         # filed under our id is what the page shows and what resume repeats, so that is what we use,
         # with its parameter_id, by which the tuner knows our results.
-        used = self._filed()
+        used = self._filed() if self._manager() else received
         if used is None:
             log.warning("NNI's record of this trial is out of reach; using what was received.")
             used = received
@@ -71,7 +77,7 @@ class Trial:
             return False
         # A second final result can end the tuner. Whether one arrived before `nnictl stop` the manager
         # knows best; our record answers where the manager cannot be asked.
-        delivered = self._rest("metric-data", "?type=FINAL")
+        delivered = self._rest(f"metric-data/{self.id}?type=FINAL")
         if delivered is None:
             delivered = self._record.get("final")
         self._finished = True  # before sending: a signal in between must not send it again
@@ -82,38 +88,61 @@ class Trial:
 
     def link_tensorboard(self) -> None:
         """Lets the TensorBoard button of NNI's page find output_dir/tensorboard."""
-        if not self.inside:
-            return
+        if os.environ.get("NNI_PLATFORM") != "local":
+            return  # the page can show what is on its own machine only
         # 3.0 looks in <experiment>/trials/<id>/output, not in <experiment>/environments/*/trials/<id>.
         link = self.output_dir.parents[3] / "trials" / self.id / "output"
         link.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):  # an earlier start made it, or NNI itself for its button
             link.symlink_to(self.output_dir, target_is_directory=True)
 
+    def concurrency(self) -> int:
+        """How many trials NNI runs at a time on this machine; 1 where it cannot be asked."""
+        if not self.inside or os.environ["NNI_PLATFORM"] != "local":
+            return 1  # elsewhere they are on several machines
+        try:
+            params = self._rest("experiment")["params"]
+            return max(1, min(params["trialConcurrency"], params.get("maxTrialNumber", math.inf)))
+        except (TypeError, KeyError):
+            log.warning("NNI does not say how many trials share the cores; --threads does.")
+            return 1
+
     def _filed(self) -> dict[str, Any] | None:
         """The parameter record that the manager has filed under this trial's id."""
-        if os.environ["NNI_PLATFORM"] != "local":
-            return None  # on other platforms the channel does not lead to the manager
         # The manager files it a moment after it starts the trial, so the first look may be too early.
         for _ in range(50):
-            trial = self._rest("trial-jobs")
+            trial = self._rest(f"trial-jobs/{self.id}")
             if trial is not None:
                 return json.loads(trial["hyperParameters"][0])
             time.sleep(0.2)
         return None
 
-    def _rest(self, kind: str, query: str = "") -> Any:
-        """What the manager's REST knows of this trial, None if nothing or out of reach."""
+    def _rest(self, path: str) -> Any:
+        """What the manager's REST answers, None if nothing or out of reach."""
         import requests
 
-        manager = os.environ["NNI_TRIAL_COMMAND_CHANNEL"].rpartition("/env/")[0]
+        manager = self._manager()
+        if manager is None:
+            return None
         try:
-            url = f"{manager}/api/v1/nni/{kind}/{self.id}{query}"
-            answer = requests.get(url, timeout=5)
+            answer = requests.get(f"{manager}/api/v1/nni/{path}", timeout=5)
             answer.raise_for_status()
             return answer.json()
         except requests.RequestException:  # an answer that is not JSON is one of them
             return None
+
+    def _manager(self) -> str | None:
+        """The address of the manager, http://HOST:PORT with its url prefix; None in Kubernetes."""
+        channel = os.environ.get("NNI_TRIAL_COMMAND_CHANNEL")
+        if channel is None:  # parameters and results are files there, a folder for each trial
+            return None
+        # On another machine the channel leads to a keeper of trials, which knows where the manager is.
+        # Every start of the manager starts a keeper in a folder of its own: the newest is ours.
+        keepers = self.output_dir.parents[1].glob("trial_keeper*/trial_keeper_config.json")
+        if newest := max(keepers, key=lambda file: file.stat().st_mtime_ns, default=None):
+            websocket = json.loads(newest.read_text())["managerCommandChannel"]
+            return websocket.replace("ws", "http", 1).rpartition("/platform/")[0]
+        return channel.rpartition("/env/")[0]
 
     def _send(self, report: Callable[[Any], None], metrics: dict[str, float]) -> bool:
         """Reports; False if the manager is gone: `nnictl stop` ends it seconds before its trials."""
@@ -150,12 +179,27 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
 
+def end_with_grandparent() -> None:
+    """The same when the parent of the parent is gone: torchrun would outlive NNI's manager, and we with it."""
+    status = Path(f"/proc/{os.getppid()}/stat")
+    with suppress(AttributeError, OSError):  # not Linux, or torchrun is gone already
+        grandparent = int(status.read_text().rpartition(")")[2].split()[1])
+        descriptor = os.pidfd_open(grandparent)
+
+        def wait() -> None:
+            select.select([descriptor], [], [])
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
 def trial_gpu(sequence_id: int, device_count: int) -> int:
     """The GPU of a trial that sees several and was given none; concurrent trials get different ones."""
     return sequence_id % device_count
 
 
-PYTHON = re.compile(r"""(^|[/"'])python[\d.]*["']?$|\.py["']?$""")
+# torchrun passes the signal on to the processes that it started.
+PYTHON = re.compile(r"""(^|[/"'])(python[\d.]*|torchrun)["']?$|\.py["']?$""")
 SHELL = re.compile(r"""(^|/)(ba|da|z|k)?sh$|\.sh["']?$""")
 TOKEN = re.compile(
     r"""(?P<redirection>&?\d*[<>]+(?!\()&?)|(?P<control>[;&|\n]+)|(?P<group>[()])"""

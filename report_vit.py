@@ -1,8 +1,9 @@
 """What a run measured and where it is written: metrics, results.json, TensorBoard, the two pictures."""
 
+import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -46,6 +47,14 @@ def _auc(probabilities: np.ndarray, targets: np.ndarray) -> float:
     return float(roc_auc_score(one_hot, probabilities, average="macro"))
 
 
+def confusion_matrix(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Counts (true class, predicted class) of (images, classes) against (images,)."""
+    from sklearn import metrics
+
+    labels = range(probabilities.shape[1])
+    return metrics.confusion_matrix(targets, probabilities.argmax(axis=1), labels=labels)
+
+
 def test_report(
     probabilities: np.ndarray, targets: np.ndarray, classes: list[str]
 ) -> dict[str, Any]:
@@ -55,10 +64,9 @@ def test_report(
     within each class.
     """
     from scipy.stats import binomtest
-    from sklearn.metrics import confusion_matrix
 
     report: dict[str, Any] = dict(measure(probabilities, targets))
-    matrix = confusion_matrix(targets, probabilities.argmax(axis=1), labels=range(len(classes)))
+    matrix = confusion_matrix(probabilities, targets)
     correct = int(matrix.trace())
     interval = binomtest(correct, len(targets)).proportion_ci(method="wilson")
     report["accuracy_95"] = [100 * interval.low, 100 * interval.high]
@@ -80,7 +88,7 @@ def test_report(
         name: 100 * matrix[i, i] / counts[i] if counts[i] else None
         for i, name in enumerate(classes)
     }
-    report["confusion_matrix"] = matrix.tolist()  # rows are the true classes
+    report["confusion_matrix"] = matrix.tolist()
     report["images"] = len(targets)
     return report
 
@@ -151,8 +159,6 @@ class Recorder:
 
     def __init__(self, folder: Path, step: int) -> None:
         """Goes on after optimizer step `step`: lines of later ones, which will be run again, are dropped."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder = folder
         self.file = folder / "metrics.jsonl"
         lines = self.file.read_text().splitlines() if self.file.exists() else []
@@ -160,29 +166,57 @@ class Recorder:
         whole = [line for line in lines if line.endswith("}")]
         self.lines = [line for line in map(json.loads, whole) if line["step"] <= step]
         replace_file(self.file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
-        epochs = self.lines[-1]["epoch"] if self.lines else 0
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=epochs + 1)
+        self.tensorboard: Any = None
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Append the metrics of one epoch, {"epoch": 1, "train_loss": ..., "val_accuracy": ..., ...}."""
         self.lines.append(line)
         with open(self.file, "a") as file:
             file.write(json.dumps(line) + "\n")
+        events = self._events(line["epoch"])
         for name, value in line.items():
             if value is not None and name not in ("epoch", "step"):
                 part, _, metric = name.partition("_")  # of one part of the data, or of the run
                 tag = f"{part}/{metric}" if part in ("train", "val") else f"run/{name}"
-                self.tensorboard.add_scalar(tag, value, line["epoch"])
-        self.tensorboard.flush()
+                events.add_scalar(tag, value, line["epoch"])
+        events.flush()
+
+    def first_batch(self, images: torch.Tensor) -> None:
+        """Show images (batch, channels, size, size) in [-1, 1] in TensorBoard, as the model sees them."""
+        shown = (images[:16].cpu() + 1) / 2
+        self._events(1).add_images("train/first_batch", shown.clamp(0, 1), 1)
 
     def close(self, results: dict[str, Any]) -> None:
-        """Write results.json and draw metrics.png and, if there was a test, confusion_matrix.png."""
+        """Write results.json, draw metrics.png and the confusion matrices of validation and test.
+
+        Both matrices go to TensorBoard; that of the test, if there was one, to confusion_matrix.png too.
+        """
+        from PIL import Image
+
         replace_file(self.folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
         draw_metrics(self.lines, results["best_epoch"], self.folder / "metrics.png")
+        events = self._events(len(self.lines) + 1)
+        matrices = {"validation": results["validation_confusion_matrix"]}
         if results["test"] is not None:
-            matrix = np.array(results["test"]["confusion_matrix"])
-            draw_confusion_matrix(matrix, results["classes"], self.folder / "confusion_matrix.png")
-        self.tensorboard.close()
+            matrices["test"] = results["test"]["confusion_matrix"]
+        for name, matrix in matrices.items():
+            drawing = io.BytesIO()
+            draw_confusion_matrix(np.array(matrix), results["classes"], f"{name} images", drawing)
+            picture = np.array(Image.open(drawing).convert("RGB"))
+            tag = f"confusion_matrix/{name}"
+            events.add_image(tag, picture, results["best_epoch"], dataformats="HWC")
+            if name == "test":
+                (self.folder / "confusion_matrix.png").write_bytes(drawing.getvalue())
+        events.close()
+
+    def _events(self, epoch: int) -> Any:
+        """TensorBoard's writer; what an earlier start wrote of `epoch` and later ones is hidden."""
+        if self.tensorboard is None:
+            # Takes long, so not before the first step.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch)
+        return self.tensorboard
 
 
 def draw_metrics(lines: list[dict[str, Any]], best_epoch: int, file: Path) -> None:
@@ -204,8 +238,10 @@ def draw_metrics(lines: list[dict[str, Any]], best_epoch: int, file: Path) -> No
     figure.savefig(file, dpi=120)
 
 
-def draw_confusion_matrix(matrix: np.ndarray, classes: list[str], file: Path) -> None:
-    """Counts of (true class, predicted class) on the test images, shaded by the share of the true class."""
+def draw_confusion_matrix(
+    matrix: np.ndarray, classes: list[str], title: str, file: BinaryIO
+) -> None:
+    """Counts of (true class, predicted class), shaded by the share of the true class, as PNG."""
     from matplotlib.figure import Figure
 
     side = max(3.5, 0.5 * len(classes) + 1.5)
@@ -220,5 +256,5 @@ def draw_confusion_matrix(matrix: np.ndarray, classes: list[str], file: Path) ->
     ticks = range(len(classes))
     axes.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(ticks, classes)
-    axes.set(xlabel="predicted", ylabel="true", title="test images")
+    axes.set(xlabel="predicted", ylabel="true", title=title)
     figure.savefig(file, dpi=120)

@@ -1,25 +1,64 @@
 """What a run starts from: its folder, device and precision, images, model, and an earlier checkpoint."""
 
 import argparse
+import itertools
+import math
 import os
-import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+import budget_vit
+import cache_vit
 import data_vit
+import distributed_vit
 import nni_vit
 import utils_vit
 import vit
-from config_vit import NOT_SAVED, UsageError, differences
+from config_vit import UsageError, differences, saved_parameters
 from utils_vit import CheckpointError, TrainingState
 
 
-def output_folder(args: argparse.Namespace, trial: nni_vit.Trial | None) -> Path:
-    """Make the folder that this run alone writes to. Raises UsageError if it cannot be written."""
+def set_up(
+    args: argparse.Namespace, trial: nni_vit.Trial | None, until_end: ExitStack
+) -> tuple[argparse.Namespace, torch.device, Path, data_vit.Data, TrainingState, bool]:
+    """All that training needs, and whether it goes on from the checkpoint of another trial.
+
+    The parameters come back complete, and the same on all ranks.
+    """
+    device = choose_device(args, trial)
+    args, output = distributed_vit.from_rank_0(
+        lambda: (args, output_folder(args, trial, until_end))
+    )
+    data = distributed_vit.together(lambda: open_data(args))
+    own_checkpoint = args.resume
+    args, notes = distributed_vit.from_rank_0(
+        lambda: (args, budget_vit.continue_earlier(args, data, output))
+    )
+    state = make_state(args, device)
+    if args.resume:
+        notes += continue_run(state, args.resume, data)
+    elif args.load_checkpoint_dir:
+        notes += budget_vit.continue_member(state, args, data)
+    elif args.init_from:
+        notes += start_from(state, args.init_from, data.classes)
+    # Whichever process was first on its machine has decoded the images, and says so.
+    data.notes[:] = dict.fromkeys(itertools.chain(*distributed_vit.gather(data.notes + notes)))
+    return args, device, output, data, state, args.resume != own_checkpoint
+
+
+def output_folder(
+    args: argparse.Namespace, trial: nni_vit.Trial | None, until_end: ExitStack
+) -> Path:
+    """The folder that this run alone writes to, and no other process `until_end`.
+
+    Raises UsageError if it cannot be written, is in use, or holds another run.
+    """
     if trial and trial.output_dir:
         folder = trial.output_dir
     elif args.resume:
@@ -32,11 +71,15 @@ def output_folder(args: argparse.Namespace, trial: nni_vit.Trial | None) -> Path
         folder = args.model_dir
     else:
         folder = Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{args.seed}")
+    # After the death of NNI's manager the same trial may still be saving in its earlier process.
+    patience = 30 if trial else 0
     try:
-        # Made only when the data is in order; until then its nearest parent shows if it can be.
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        until_end.enter_context(utils_vit.hold_folder(folder, patience))
+    except BlockingIOError:
+        raise UsageError(
+            f"another process is still at work in {folder}: wait for its end, or give --model-dir "
+            "another folder"
+        ) from None
     except OSError as error:
         raise UsageError(
             f"output folder {folder} cannot be written: {error.strerror}; give --model-dir another"
@@ -59,24 +102,85 @@ def output_folder(args: argparse.Namespace, trial: nni_vit.Trial | None) -> Path
 
 def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torch.device:
     """The device of the run, its number of threads, and the precision that `auto` stands for."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    gpus = torch.cuda.device_count()
+    if args.threads is None:
+        # In args.yaml then: sums depend, in their last bits, on how many threads share them.
+        concurrency = trial.concurrency() if trial else 1
+        given = "OMP_NUM_THREADS" in os.environ
+        args.threads = default_threads(usable_cores(), torch.get_num_threads(), concurrency, given)
+    torch.set_num_threads(args.threads)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    gpus, ranks = torch.cuda.device_count(), distributed_vit.ranks()
+    if ranks > 1 and args.gpu is not None:
+        raise UsageError("--gpu is for one process; torchrun gives each of its processes a GPU")
+    if ranks > 1 and 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise UsageError(
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes, but torch sees {gpus} GPUs: "
+            f"--nproc-per-node {gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
     if gpus == 0:
         device = torch.device("cpu")
         capabilities = torch.cpu.get_capabilities()
         fast_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     else:
         turn = nni_vit.trial_gpu(trial.sequence_id, gpus) if trial else 0
+        if ranks > 1:
+            turn = distributed_vit.local_rank()
+            torch.cuda.set_device(turn)  # NCCL asks for it
         device = torch.device("cuda", turn if args.gpu is None else args.gpu)
+        torch.cuda.set_device(device)
         fast_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
     if args.precision == "auto":
         args.precision = "bfloat16" if fast_bfloat16 else "float32"
     return device
 
 
+def usable_cores(
+    cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> int:
+    """Cores that this process may use: its affinity, and the CPU quota of its cgroups, v1 or v2."""
+    cores = float(len(os.sched_getaffinity(0)))
+    lines = membership.read_text().splitlines() if membership.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            places = (cgroups, cgroups / "unified")
+        elif "cpu" in controllers.split(","):
+            places = (cgroups / "cpu", cgroups / controllers)
+        else:
+            continue
+        # Every group above limits too. Within a container the path may be that of the host.
+        parts = Path(path).parts[1:]
+        for place in places:
+            for depth in range(len(parts) + 1):
+                cores = min(cores, _cpu_quota(place.joinpath(*parts[:depth])))
+    return max(1, int(cores))
+
+
+def _cpu_quota(group: Path) -> float:
+    """Cores' worth of time that a cgroup gives its processes."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota = (group / "cpu.cfs_quota_us").read_text().strip()
+            period = (group / "cpu.cfs_period_us").read_text()
+        return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError):  # no such group
+        return math.inf
+
+
+def default_threads(cores: int, torchs: int, concurrency: int, given: bool) -> int:
+    """This trial's share of the cores, of which torch counts only the physical ones.
+
+    Where OMP_NUM_THREADS was `given`, which torch's number then is, it limits each trial by itself.
+    """
+    share = min(torchs, cores // concurrency) if given else min(torchs, cores) // concurrency
+    return max(1, share)
+
+
 def open_data(args: argparse.Namespace) -> data_vit.Data:
-    """The images of --download-dir, or the demo."""
+    """The images of --download-dir, or the demo, on the GPU that was chosen if they fit."""
     data = data_vit.open_data(
         args.download_dir or data_vit.make_digits(),
         num_classes=args.num_classes,
@@ -84,10 +188,16 @@ def open_data(args: argparse.Namespace) -> data_vit.Data:
         channels=args.channel,
         val_split=args.val_split,
         seed=args.seed,
-        cache_dir=args.cache_dir or Path(os.path.expanduser("~/.cache/vit-nni")),
-        workers=args.workers or len(os.sched_getaffinity(0)),
+        cache_dir=args.cache_dir or cache_vit.default_folder(),
+        # Trials that start together wait for one that decodes, so it may use all cores.
+        workers=args.workers or (args.threads if args.cache == "off" else usable_cores()),
         skip_broken=args.skip_broken,
+        cache=args.cache,
+        cache_limit=args.cache_limit,
     )
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        data = data_vit.keep_on_device(data, device, torch.cuda.mem_get_info(device)[0])
     args.num_classes = len(data.classes)
     val_classes = np.unique(data.val.targets[data.val.indices])
     if args.metric == "auc" and len(val_classes) < args.num_classes:
@@ -108,6 +218,13 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
     except (RuntimeError, TypeError) as error:  # so many parameters that torch cannot hold them
         reason = str(error).splitlines()[0]
         raise UsageError(f"a model of these sizes cannot be built: {reason}") from None
+    if distributed_vit.ranks() > 1:
+        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        if any(isinstance(module, norms) for module in model.modules()):
+            raise UsageError(
+                f"arch {args.arch} has batch normalization, which would see a part of each batch in "
+                "each of torchrun's processes: train it in one"
+            )
     optimizer = utils_vit.make_optimizer(
         args.optimizer, model, args.lr, args.weight_decay, args.momentum
     )
@@ -119,6 +236,13 @@ def continue_run(state: TrainingState, file: Path, data: data_vit.Data) -> list[
 
     Raises CheckpointError if it is of another run.
     """
+    saved, note = distributed_vit.from_rank_0(lambda: load_run(file, data))
+    state.load_state_dict(saved)
+    return [note] if note else []
+
+
+def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | None]:
+    """A checkpoint that a run with these data can go on with, and what to say of it."""
     saved, note = utils_vit.load_newest(file)
     if saved["classes"] != data.classes:
         raise CheckpointError(f"checkpoint {file} is of other classes than the data")
@@ -131,13 +255,12 @@ def continue_run(state: TrainingState, file: Path, data: data_vit.Data) -> list[
         raise CheckpointError(
             f"{file.parent} has no model_best.pth.tar, which the run goes on with"
         )
-    state.load_state_dict(saved)
-    return [note] if note else []
+    return saved, note
 
 
 def start_from(state: TrainingState, file: Path, classes: list[str]) -> list[str]:
     """--init-from: only the weights of a checkpoint; returns what the log should say of it."""
-    saved = utils_vit.load_checkpoint(file)
+    saved = distributed_vit.from_rank_0(lambda: utils_vit.load_checkpoint(file))
     try:
         changes = vit.load_pretrained(
             state.model, utils_vit.selected_weights(saved), saved["classes"] == classes
@@ -149,9 +272,3 @@ def start_from(state: TrainingState, file: Path, classes: list[str]) -> list[str
     if state.ema:
         state.ema.model.load_state_dict(state.model.state_dict())
     return [f"init-from {file}: {change}" for change in changes or ["all weights as they were"]]
-
-
-def saved_parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """What args.yaml and checkpoints hold: every parameter with an effect, as plain types."""
-    values = {k: v for k, v in vars(args).items() if k not in NOT_SAVED and v is not None}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

@@ -26,7 +26,7 @@ def samples_of(space: dict[str, Any]) -> tuple[list[Variants], bool]:
     def products(rest: list[Any], chosen: dict[Any, Any], one: bool) -> Iterator[dict[Any, Any]]:
         if not rest:
             yield chosen
-        elif not rest[0].is_activated_in(chosen):  # in a nested space: of another option
+        elif not activated(rest[0], chosen):  # in a nested space: of another option
             yield from products(rest[1:], chosen, one)
         else:
             choices = points(rest[0])
@@ -48,6 +48,11 @@ def samples_of(space: dict[str, Any]) -> tuple[list[Variants], bool]:
         )
         samples[repr(variants)] = variants  # once, if a choice holds a value twice
     return [*samples.values()], not more
+
+
+def activated(spec: Any, chosen: dict[Any, Any]) -> bool:
+    """As NNI's `is_activated_in`, which raises KeyError for a choice in a choice in a choice."""
+    return not spec.is_nested() or chosen.get(spec.key[:-2]) == spec.key[-2]
 
 
 def points(spec: Any) -> Sequence[Any]:

@@ -1,6 +1,7 @@
 """Checkpoints, the training state, optimizers, schedules, EMA and seeds: what a run needs beside its model."""
 
 import copy
+import fcntl
 import hashlib
 import io
 import logging
@@ -10,7 +11,8 @@ import shutil
 import signal
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def save_checkpoint(
     if is_best:
         replace_file(filename.with_name("model_best.pth.tar"), content)
     if filename.exists():
-        _link_or_copy(filename, filename.with_name(PREVIOUS))
+        link_or_copy(filename, filename.with_name(PREVIOUS))
     replace_file(filename, content)
 
 
@@ -68,7 +70,8 @@ def replace_file(filename: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, filename)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be read-only or gone by now
+            temporary.unlink()
         raise
     folder = os.open(filename.parent, os.O_RDONLY)
     try:
@@ -77,7 +80,7 @@ def replace_file(filename: Path, content: bytes | memoryview) -> None:
         os.close(folder)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, atomically. `source` is later replaced, never rewritten."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
@@ -218,6 +221,41 @@ class TrainingState:
         self.outputs = [tuple(part.to(device) for part in step) for step in state["outputs"]]
 
 
+@contextmanager
+def hold_folder(folder: Path, seconds: float) -> Iterator[None]:
+    """Make `folder` and keep other processes out of it, after waiting up to `seconds` for one to leave.
+
+    The lock ends with the process, however that ends; a folder that nothing came into is removed
+    again. Raises BlockingIOError if another process stays, OSError if the folder cannot be written.
+    """
+    made = not folder.exists()
+    file, deadline = folder / ".lock", time.monotonic() + seconds
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+            continue
+        except OSError:  # a file system without locks, which is no reason not to train
+            break
+        if os.fstat(descriptor).st_nlink:
+            break
+        os.close(descriptor)  # whoever left has removed the file meanwhile
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # read-only or gone by now
+            file.unlink()
+            if made:
+                folder.rmdir()  # fails if there is anything in it
+        os.close(descriptor)
+
+
 class Saver:
     """Writes the checkpoints of one run, after every epoch and every `steps` or `minutes` between."""
 
@@ -321,28 +359,27 @@ def seed_for(*position: int | str) -> int:
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; the training state is that of a whole step."""
+    """SIGINT or SIGTERM arrived, args[0]; the training state is that of a whole step."""
 
 
 class RunFailed(Exception):
-    """The run cannot go on; the text is one line."""
+    """The run cannot go on; the text is one line. Of several processes all know it."""
+
+
+class OutOfMemory(RunFailed):
+    """Not even one image fits; of several processes this one alone may know it."""
 
 
 class StopSignals:
     """SIGINT (NNI, Ctrl-C) and SIGTERM (schedulers) are noted here and acted on between two steps."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = 0  # its number
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._note)
 
     def _note(self, signum: int, _frame: Any) -> None:
         self.received = signum
-
-    def check(self) -> None:
-        """Raises Stopped if a signal has arrived."""
-        if self.received is not None:
-            raise Stopped
 
 
 def end_by_signal(signum: int) -> None:

@@ -37,7 +37,8 @@ class Experiment:
         # A home of its own keeps ~/nni-experiments, and its list of experiments, to this test.
         self.env = {**os.environ, "HOME": str(folder / "home")}
         self.env["PATH"] = f"{NNICTL.parent}{os.pathsep}{os.environ['PATH']}"
-        self.env["PYTHONPATH"] = str(REPOSITORY)
+        paths = [str(REPOSITORY), os.environ.get("PYTHONPATH")]
+        self.env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.env["no_proxy"] = "localhost,127.0.0.1"
         if loopback:
             self.env["NODE_OPTIONS"] = f'--require="{REPOSITORY / "loopback.cjs"}"'
@@ -111,7 +112,11 @@ class Experiment:
 
 @contextmanager
 def experiment(
-    config: dict[str, Any], folder: Path, loopback: bool = True, url_prefix: str = ""
+    config: dict[str, Any],
+    folder: Path,
+    loopback: bool = True,
+    url_prefix: str = "",
+    port: int | None = None,
 ) -> Iterator[Experiment]:
     """Runs config (trialCommand, searchSpace, ...) in folder; on leaving nothing of it is left."""
     defaults = {
@@ -122,8 +127,12 @@ def experiment(
         "trainingService": {"platform": "local"},
     }
     (folder / "home").mkdir(parents=True, exist_ok=True)
-    (folder / "config.yml").write_text(yaml.safe_dump({**defaults, **config}))
-    running = Experiment(folder, free_port(), url_prefix, loopback)
+    config = {**defaults, **config}
+    if "codeDirectory" in config["tuner"]:  # relative to the repository, as in its config.yml
+        own = REPOSITORY / config["tuner"]["codeDirectory"]
+        config["tuner"] = {**config["tuner"], "codeDirectory": str(own)}
+    (folder / "config.yml").write_text(yaml.safe_dump(config))
+    running = Experiment(folder, port or free_port(), url_prefix, loopback)
     create = ["create", "--config", str(folder / "config.yml"), "--port", str(running.port)]
     try:
         output = running.nnictl(*create, *(["--url_prefix", url_prefix] if url_prefix else []))

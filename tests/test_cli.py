@@ -29,23 +29,25 @@ ORIGINAL = (
 OPTIONS = {
     "data": [
         "--download-dir", "--num-classes", "-s --image-size", "-ch --channel", "--val-split",
-        "--flip", "--affine", "--skip-broken", "--cache-dir", "--workers",
+        "--flip", "--affine", "--crop", "--color", "--randaugment", "--erase", "--mixup", "--cutmix",
+        "--skip-broken", "--cache-dir", "--cache", "--cache-limit", "--workers",
     ],
     "model": [
         "-a --arch", "-p --patch-size", "-pn --patch-num", "-vd --vt-dim", "-d --vt-depth",
         "-vh --vt-heads", "--dim-head", "-mlpd --mlp-dim", "--pool", "--dropout", "--emb-dropout",
     ],
     "training": [
-        "-e --epochs", "--max-steps", "-b --batch-size", "--optimizer", "--lr --learning-rate",
+        "-e --epochs", "--TRIAL-BUDGET --stop-epoch", "--max-steps", "-b --batch-size", "--optimizer", "--lr --learning-rate",
         "--momentum", "--wd --weight-decay", "--label-smoothing", "--clip-grad",
-        "--moving-average-decay", "--seed", "--precision", "--gpu", "--threads", "--metric",
+        "--moving-average-decay", "--seed", "--precision", "--deterministic", "--gpu", "--threads",
+        "--metric",
     ],
     "learning rate schedule": [
         "--scheduler", "-g --gamma", "--warmup-epochs", "--dont-adjust-learning-rate",
     ],
     "output, resume, NNI": [
         "--model-dir", "--checkpoint-steps", "--checkpoint-minutes", "--auto-resume", "--resume",
-        "--init-from", "--config", "--request-from-nni", "--check",
+        "--init-from", "--load-checkpoint-dir", "--save-checkpoint-dir", "--config", "--request-from-nni", "--check",
     ],
 }  # fmt: skip
 

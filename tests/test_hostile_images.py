@@ -24,7 +24,8 @@ from PIL import Image
 
 import data_vit
 import images_vit
-from images_vit import DataError, DecodedImages, decode_folder, decode_image, read_image_folder
+from cache_vit import DecodedImages, decode_folder
+from images_vit import DataError, ImageFolder, decode_image, read_image_folder
 
 REPOSITORY = Path(data_vit.__file__).parent
 MakeImages = Callable[..., Path]
@@ -45,9 +46,13 @@ def decode(folder: Path, size: int = 8, channels: int = 3, workers: int = 2) -> 
     return decode_folder(images, size, channels, folder.parent / "cache", workers)
 
 
+def paths_of(images: ImageFolder) -> list[Path]:
+    return [images.path(i) for i in range(len(images.names))]
+
+
 def broken_names(folder: Path, decoded: DecodedImages) -> dict[str, str]:
     """Name -> reason, each checked to be one line that any log can hold."""
-    paths = read_image_folder(folder).paths
+    paths = paths_of(read_image_folder(folder))
     for reason in decoded.broken.values():
         assert reason and reason.isprintable() and len(reason) < 1000
     return {paths[i].name: reason for i, reason in decoded.broken.items()}
@@ -182,7 +187,7 @@ def test_contents_decide_not_extensions(folder: Path, noise: Image.Image) -> Non
     (folder / "cat" / "right.TGA").write_bytes(encoded(noise, "TGA"))
     decoded = decode(folder)
     assert not decoded.broken and len(decoded.pixels) == 10 + 4 * len(formats) + 1
-    names = [path.name for path in read_image_folder(folder).paths]
+    names = [path.name for path in paths_of(read_image_folder(folder))]
     for i in range(len(formats)):
         rows = [decoded.pixels[names.index(n)] for n in names if n[:-4] in (f"{i}0", f"{i}2")]
         assert np.array_equal(*rows)
@@ -488,7 +493,7 @@ def test_fuzzed_files_are_decoded_or_named(
     assert not decoded.built and decoded.pixels.shape == (count, 3, 8, 8)
     assert len(broken_names(tmp_path / "data", decoded)) == len(decoded.broken)
     assert 0.2 * count < len(decoded.broken) < 0.8 * count  # both happen often
-    paths = read_image_folder(tmp_path / "data").paths
+    paths = paths_of(read_image_folder(tmp_path / "data"))
     with images_vit.quiet_pillow():
         for i in range(0, count, 7):
             try:
@@ -513,7 +518,7 @@ def test_one_percent_broken(tmp_path: Path, make_images: MakeImages) -> None:
     assert all(str(file) in str(raised.value) for file in broken)
     data = open_small(folder, skip_broken=True)
     assert any("4 images cannot be decoded" in note for note in data.notes)
-    paths = read_image_folder(folder).paths
+    paths = paths_of(read_image_folder(folder))
     used = {paths[i] for split in (data.train, data.val) for i in split.indices}
     assert used == set(paths) - set(broken)
 
@@ -547,18 +552,18 @@ def test_vanishing_while_it_is_decoded(what: str, folder: Path, large_png: bytes
 
 def test_files_that_vanish_after_they_were_listed(folder: Path) -> None:
     images = read_image_folder(folder)
-    images.paths[3].rename(folder / "away")
+    images.path(3).rename(folder / "away")
     decoded = decode_folder(images, 8, 3, folder.parent / "cache", 2)
     assert decoded.broken == {3: "No such file or directory"}
-    (folder / "away").rename(images.paths[3])
+    (folder / "away").rename(images.path(3))
     assert not decode(folder).broken
 
 
 def test_the_cache_folder_vanishes_while_it_is_used(folder: Path) -> None:
     decoded = decode(folder)
-    before = decoded.pixels.sum(dtype=int)
+    before = decoded.pixels[:].sum(dtype=int)
     shutil.rmtree(folder.parent / "cache")
-    assert decoded.pixels.sum(dtype=int) == before
+    assert decoded.pixels[:].sum(dtype=int) == before
     assert decode(folder).built
 
 
@@ -588,7 +593,10 @@ def test_what_another_user_may_not_read(shared: Path, run_jobs: RunJobs) -> None
 # --- the cache --------------------------------------------------------------------------------------
 
 
-def test_a_damaged_cache_is_noticed_and_built_again(folder: Path) -> None:
+def test_a_damaged_cache_is_noticed_and_repaired(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A row when it is read, and said so; all else at the start, where the whole is built again."""
     (folder / "cat" / "broken.png").write_bytes(b"")
     good = decode(folder)
     whole = good.file.read_bytes()
@@ -599,14 +607,70 @@ def test_a_damaged_cache_is_noticed_and_built_again(folder: Path) -> None:
         flipped = bytearray(whole)
         flipped[i] ^= 1 << generator.randrange(8)
         damages.append(bytes(flipped))
+    pixels, rows = good.pixels[:], slice(128, 128 + good.pixels.nbytes)
+    assert zlib.crc32(pixels) == zlib.crc32(whole[rows])  # as numpy would map it
+    assert np.array_equal(np.load(good.file), pixels)
+    healed = 0
     for damage in damages:
         good.file.unlink()
         good.file.write_bytes(damage)
+        caplog.clear()
         again = decode(folder)
-        assert again.built and np.array_equal(again.pixels, good.pixels)
+        only_a_row = damage[:128] == whole[:128] and damage[rows.stop :] == whole[rows.stop :]
+        assert again.built != only_a_row
+        assert np.array_equal(again.pixels[:], pixels)
         assert again.broken == good.broken
         assert again.file.read_bytes() == whole
-    assert not decode(folder).built
+        assert len(caplog.records) == only_a_row
+        healed += only_a_row
+    assert 5 < healed < len(damages) - 5
+    caplog.clear()
+    again = decode(folder)
+    assert not again.built and np.array_equal(again.pixels[:], pixels) and not caplog.records
+
+
+def damage_row(file: Path, row: int, length: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[128 + row * length + 7] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_row_is_named_once_and_right_at_every_reading(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the file cannot be repaired, since it is gone, or is another by now."""
+    pixels = decode(folder).pixels[:]
+    for row, what in ((4, "gone"), (3, "another")):
+        decoded = decode(folder)
+        damage_row(decoded.file, row, 192)
+        away = decoded.file.rename(decoded.file.with_suffix(".away"))
+        if what == "another":
+            decoded.file.write_bytes(b"another's")
+        caplog.clear()
+        for _ in range(3):
+            assert np.array_equal(decoded.pixels[np.array([1, row, row])], pixels[[1, row, row]])
+        assert [r.message for r in caplog.records] == [
+            f"the cache {decoded.file} was damaged at {folder}/cat/00{row}.png: decoded it again"
+        ]
+        assert what == "gone" or decoded.file.read_bytes() == b"another's"
+        away.rename(decoded.file)
+
+
+def test_a_cache_cut_short_while_it_is_read(folder: Path) -> None:
+    """A mapped file would end the process by a signal."""
+    decoded = decode(folder)
+    pixels = decoded.pixels[:]
+    os.truncate(decoded.file, 1000)
+    assert np.array_equal(decoded.pixels[:], pixels)
+
+
+def test_a_damaged_row_of_an_image_that_has_changed(folder: Path) -> None:
+    decoded = decode(folder)
+    damage_row(decoded.file, 0, 192)
+    (folder / "cat" / "000.png").write_bytes((folder / "dog" / "000.png").read_bytes())
+    with pytest.raises(DataError, match="damaged at .*000.png, which has changed.*start again"):
+        decoded.pixels[:]
+    assert decode(folder).built
 
 
 @as_root
@@ -660,7 +724,7 @@ try:
         cache_dir=cache, workers=1, skip_broken=True)
     decoded = decode_folder(read_image_folder(folder), size, 3, cache, 1)
     built = any(note.startswith("decoded") for note in data.notes)
-    answer = {"built": built, "sum": int(decoded.pixels.sum(dtype=int)), "broken": decoded.broken}
+    answer = {"built": built, "sum": int(decoded.pixels[:].sum(dtype=int)), "broken": decoded.broken}
 except DataError as error:
     answer = str(error)
 print(json.dumps(answer))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -342,6 +343,39 @@ assert not trial.finish({"default": 2.0})
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=env, check=True)
     assert (tmp_path / "exp/trials/abc/output").resolve() == output.resolve()
+
+
+def test_a_trial_in_kubernetes(tmp_path: Path) -> None:
+    """NNI's older platforms have no channel but files and lines of output: it asks and reports there."""
+    record = {"parameter_id": 7, "parameter_source": "algorithm", "parameters": {"a": 0.5}}
+    (tmp_path / "parameter.cfg").write_text(json.dumps(record))
+    code = """
+from nni_vit import Trial
+
+trial = Trial()
+metrics = {"default": trial.ask()["a"]}
+trial.link_tensorboard()
+trial.report(1, metrics)
+assert trial.finish(metrics) and not trial.finish(metrics)
+"""
+    env = {
+        **os.environ,
+        "NNI_PLATFORM": "kubeflow",
+        "NNI_OUTPUT_DIR": str(tmp_path / "output"),
+        "NNI_SYS_DIR": str(tmp_path),
+        "NNI_TRIAL_JOB_ID": "abc",
+        "NNI_EXP_ID": "exp",
+        "NNI_TRIAL_SEQ_ID": "3",
+    }
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sent = re.findall(r"NNISDK_MEb'(.*)'", done.stdout)
+    metrics = [json.loads(line) for line in sent]
+    assert [metric["type"] for metric in metrics] == ["PERIODICAL", "FINAL"]
+    for metric in metrics:
+        assert metric["parameter_id"] == 7 and json.loads(metric["value"]) == {"default": 0.5}
+    assert json.loads((tmp_path / "output/nni.json").read_text())["parameters"] == {"a": 0.5}
 
 
 def test_trials_side_by_side_get_different_gpus() -> None:

@@ -2,9 +2,12 @@
 
 import json
 import os
+import pwd
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -130,8 +133,8 @@ def test_a_crash_loses_nothing(
         # Trials must not outlive their manager: the next one starts them again, in the same folder.
         alive = psutil.wait_procs([process for [process] in started.values()], timeout=3)[1]
         assert not alive, "trials outlive their manager"
-        # NNI's own tuner process looks for the manager for 10 s; found by it, it would confuse the next.
-        assert not psutil.wait_procs(running.processes(), timeout=30)[1]
+        # Alone it would look for a manager for 10 s, and mix with the tuner of the one that follows.
+        assert not psutil.wait_procs(running.processes(), timeout=3)[1], "the tuner's process"
         for trial_id in ids:
             assert utils_vit.load_checkpoint(running.output(trial_id) / "checkpoint.pth.tar")
         running.resume()
@@ -324,7 +327,7 @@ def test_without_the_preload_a_stranger_does(
 
 
 def test_two_experiments_on_one_folder_and_one_cache(images: Path) -> None:
-    """Two users start at once, nothing decoded yet: all trials succeed, one cache is built."""
+    """Both start at once, nothing decoded yet: all trials succeed, one cache is built."""
     settings = search(images, "--batch-size 4 --epochs 3", maxTrialNumber=2)
     one, two = images.parent / "one", images.parent / "two"
     with experiment(settings, one) as first, experiment(settings, two) as second:
@@ -333,3 +336,71 @@ def test_two_experiments_on_one_folder_and_one_cache(images: Path) -> None:
             assert [trial["status"] for trial in running.trials()] == ["SUCCEEDED"] * 2
     cache = sorted(path.suffix for path in (images.parent / "cache").iterdir())
     assert cache.count(".npy") == 2 and ".tmp" not in cache  # train/ and test/
+
+
+SEARCH_AS_USER = """
+import json, sys
+from pathlib import Path
+from nni_tools import experiment
+with experiment(json.loads(sys.argv[1]), Path(sys.argv[2])) as running:
+    running.wait("DONE", 240)
+    print(json.dumps([trial["status"] for trial in running.trials()]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become two other users")
+def test_two_users_search_at_once(make_images: Callable[..., Path]) -> None:
+    """Two accounts, an experiment of each, one data folder, one cache that both may write to, as /tmp."""
+    place = Path(tempfile.mkdtemp())
+    place.chmod(0o755)
+    (place / "cache").mkdir()
+    (place / "cache").chmod(0o1777)
+    images = make_images(place / "images/train", ["cat", "dog"], 20).parent
+    settings = json.dumps(search(images, "--batch-size 4 --epochs 3", maxTrialNumber=2))
+    started = []
+    for name in ("nobody", "daemon"):
+        user = pwd.getpwnam(name)
+        (place / name).mkdir()
+        os.chown(place / name, user.pw_uid, user.pw_gid)
+        # They may read what root may, since Python and this repository can lie anywhere, but write
+        # only what is theirs.
+        reading = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+        as_user = [
+            "setpriv",
+            f"--reuid={name}",
+            f"--regid={user.pw_gid}",
+            "--clear-groups",
+            *reading,
+        ]
+        # Node looks for its files by access(2), which knows no such right.
+        readable = "import nni, os, sys, torch; sys.exit(not os.access(nni.__file__, os.R_OK))"
+        if subprocess.run([*as_user, sys.executable, "-c", readable]).returncode:
+            shutil.rmtree(place)
+            pytest.skip(f"the user {name} cannot be given the right to read this Python")
+        command = [*as_user, sys.executable, "-c", SEARCH_AS_USER, settings, str(place / name)]
+        started.append(
+            subprocess.Popen(
+                command,
+                cwd=REPOSITORY / "tests",
+                env=os.environ | {"USER": name},
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )  # fmt: skip
+        )
+    try:
+        ended = [process.communicate(timeout=300) for process in started]
+        for output, error in ended:
+            assert json.loads(output or "null") == ["SUCCEEDED"] * 2, error
+        files = list((place / "cache").iterdir())
+        assert sorted(path.suffix for path in files) == [".lock", ".npy"]
+        assert not [path for path in files if path.stat().st_mode & 0o022]
+        logs = [
+            log.read_text() for log in place.glob("*/exp/[!_]*/environments/*/trials/*/trial.log")
+        ]
+        assert len(logs) == 4 and sum("  decoded " in log for log in logs) == 1, logs
+    finally:
+        for process in started:
+            process.send_signal(signal.SIGINT)  # which ends its experiment too
+            process.wait(timeout=60)
+        shutil.rmtree(place)

@@ -348,7 +348,7 @@ def output() -> Iterator[Callable[[], tuple[str, str]]]:
 def run(argv: list[str]) -> tuple[int, str, str]:
     """The status of main without training, its standard output and its standard error."""
     with pytest.MonkeyPatch.context() as patch, output() as printed:
-        patch.setattr(main_vit, "main_worker", lambda args, trial: None)
+        patch.setattr(main_vit, "main_worker", lambda *_: None)
         try:
             status = main_vit.main(argv)
         except SystemExit as end:  # argparse's, after --help

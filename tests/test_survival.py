@@ -8,7 +8,6 @@ import pickle
 import random
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from test_train import equal
 from torch import nn
 
 import main_vit
+import step_vit
 from config_vit import resolve
 from utils_vit import (
     CheckpointError,
@@ -242,6 +242,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_loses_nothing(
     image_folder: Path, run_main: RunMain, read_lines, small_disk: Path, tmp_path: Path
 ) -> None:
@@ -284,7 +285,7 @@ def step_with_memory_for(most: int) -> TrainingState:
     torch.manual_seed(0)
     model = SmallMemory(most)
     state = TrainingState(model, make_optimizer("sgd", model, 0.1, 0, 0), None)
-    _, logits = main_vit.training_step(state, images, targets, args)
+    _, logits, _ = step_vit.training_step(state, images, targets, args)
     assert logits.shape == (10, 3)
     return state
 
@@ -298,30 +299,58 @@ def test_a_batch_too_large_is_taken_in_pieces(most: int, pieces: int) -> None:
 
 
 def test_an_image_too_large_ends_the_run() -> None:
-    with pytest.raises(RunFailed, match="a single image of 16 x 16 in 4 x 4 patches does not fit"):
+    with pytest.raises(
+        RunFailed, match="a single image of 16 x 16 in 4 x 4 patches and its model do not fit"
+    ):
         step_with_memory_for(0)
+
+
+def test_validation_is_taken_in_pieces_too() -> None:
+    args = resolve(main_vit.make_parser(), ["--precision=float32"])
+    images = torch.randn(10, 3, 2, 2)
+    model = SmallMemory(3)
+    state = TrainingState(model, make_optimizer("sgd", model, 0.1, 0, 0), 0.9)
+    expected = model.head(model.flatten(images))
+    torch.testing.assert_close(step_vit.logits_of(state, images, args), expected)
+    assert state.pieces == 4
+    state.ema.model.most = 0
+    with pytest.raises(RunFailed, match="a single image"):
+        step_vit.logits_of(state, images, args)
+
+
+def test_no_memory_for_the_optimizer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its moments are taken at the first step; to repeat that in pieces would not make room."""
+
+    def step(self: torch.optim.SGD) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    with pytest.raises(RunFailed, match="the model and the moments of adamw do not fit"):
+        step_with_memory_for(10)
 
 
 # --- kills --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments(
-    image_folder: Path, run_main: RunMain, home: Path, read_lines, tmp_path: Path
-) -> None:
+    image_folder: Path, run_main: RunMain, home: Path, read_lines, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """SIGKILL again and again, mostly while a checkpoint is written: nothing is lost."""
-    sys.path.insert(0, str(Path(main_vit.__file__).parent / "benchmarks"))
+    monkeypatch.syspath_prepend(Path(main_vit.__file__).parent / "benchmarks")
     from kill_runs import kill_until_done
 
     argv = ["--download-dir", str(image_folder), *TINY, "--checkpoint-steps", "1", "--auto-resume"]
     argv += ["--epochs", "12"]
     assert run_main(*argv, "--model-dir", tmp_path / "whole").status == 0
-    environment = {**os.environ, "HOME": str(home)}
     kills = runs = 0
     while kills < 12:
         runs += 1
         output = tmp_path / f"killed{runs}"
-        kills += kill_until_done([*argv, "--model-dir", str(output)], output, runs, environment)
+        kills += kill_until_done(
+            [*argv, "--model-dir", str(output)], output, runs, {"HOME": str(home)}
+        )
         assert differing(tmp_path / "whole", output, read_lines) == []
         assert not list(output.glob(".*.tmp"))
 

@@ -1,5 +1,6 @@
 """Whole runs of main_vit.py on tiny images: what they learn, write, repeat, resume and refuse."""
 
+import io
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from sklearn.metrics import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import main_vit
+import step_vit
 from images_vit import decode_image
 from utils_vit import TrainingState, load_checkpoint, selected_weights
 from vit import build_model
@@ -42,6 +43,10 @@ STEPS = math.ceil(TRAIN * len(CLASSES) / TINY["batch_size"])  # per epoch
 EVERYTHING_RANDOM = {
     "dropout": 0.2, "emb_dropout": 0.1, "flip": "both", "affine": 0.2,
     "moving_average_decay": 0.9, "label_smoothing": 0.1,
+}  # fmt: skip
+EVERY_AUGMENTATION = {
+    "flip": "both", "affine": 0.2, "crop": 0.4, "color": 0.4, "randaugment": 6, "erase": 0.3,
+    "mixup": 0.8, "cutmix": 1.0,
 }  # fmt: skip
 RunMain = Callable[..., Any]
 ReadLines = Callable[[Path], list[dict[str, Any]]]
@@ -170,7 +175,10 @@ def test_best_model_gives_the_numbers_reported(
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5]
     assert accuracies.index(max(accuracies)) == results["best_epoch"] - 1  # the first of equals
     assert 40 < results["validation"]["accuracy"] < 100
-    expected = metrics_by_sklearn(*predict(trained, images / "val"))
+    probabilities, targets = predict(trained, images / "val")
+    expected = metrics_by_sklearn(probabilities, targets)
+    matrix = confusion_matrix(targets, probabilities.argmax(1)).tolist()
+    assert results["validation_confusion_matrix"] == matrix
     assert results["validation"] == pytest.approx(expected, rel=1e-5)
     assert {f"val_{k}": v for k, v in results["validation"].items()}.items() <= best.items()
     assert state_of(trained, "model_best")["best"] | best == state_of(trained)["best"]
@@ -216,6 +224,20 @@ def test_curves_pictures_and_parameters(trained: Path, read_lines: ReadLines) ->
         scalars = events.Scalars(name.replace("_", "/", 1))
         assert [s.step for s in scalars] == [1, 2, 3, 4, 5]
         assert [s.value for s in scalars] == pytest.approx([line[name] for line in lines])
+    # The first batch: 16 images of 8 x 8 in two rows, augmented; these classes differ by colour.
+    [first] = events.Images("train/first_batch")
+    grid = np.asarray(Image.open(io.BytesIO(first.encoded_image_string)), np.int64)
+    shown = grid.reshape(2, 8, 8, 8, 3).swapaxes(1, 2).reshape(16, 8, 8, 3)
+    colors = {tuple(image.mean((0, 1)).argsort()) for image in shown}
+    assert first.step == 1 and len(colors) > 1 and len({image.tobytes() for image in shown}) == 16
+    results = json.loads((trained / "results.json").read_text())
+    for part in ("validation", "test"):
+        [matrix] = events.Images(f"confusion_matrix/{part}")
+        assert matrix.step == results["best_epoch"] and matrix.width > 300
+    assert (
+        matrix.encoded_image_string
+        != events.Images("confusion_matrix/validation")[0].encoded_image_string
+    )
     for name in ("metrics.png", "confusion_matrix.png"):
         with Image.open(trained / name) as picture:
             assert picture.width > 300 and len(np.unique(np.asarray(picture))) > 10
@@ -270,6 +292,9 @@ def test_args_yaml_repeats_the_run(
         {"pool": "mean"},
         {"channel": 1, "patch_size": 2},
         {"flip": "both", "affine": 0.1},
+        {"crop": 0.5, "color": 0.2, "randaugment": 2, "erase": 0.25},
+        {"mixup": 0.2, "label_smoothing": 0.1},
+        {"cutmix": 0.2},
         *({"arch": name} for name in ("simple_vit", "deepvit", "cait", "vit_with_patch_dropout")),
         {"arch": "simple_vit_with_register_tokens", "precision": "bfloat16"},
     ],
@@ -332,7 +357,7 @@ def test_dropout_follows_from_seed_and_step() -> None:
         state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=0.0), None)
         state.step = step
         args = SimpleNamespace(seed=seed, precision="float32", label_smoothing=0.0, clip_grad=0)
-        return main_vit.training_step(state, images, targets, args)[0].item()
+        return step_vit.training_step(state, images, targets, args)[0].item()
 
     assert loss(0, 7) == loss(0, 7)
     assert len({loss(seed, step) for seed in (0, 1) for step in (0, 1, 2)}) == 6
@@ -367,6 +392,9 @@ def outcome(no_test: Path, train_on: Callable[..., Path]) -> Callable[..., Any]:
         *(({}, {name: 8}) for name in ("vt_dim", "mlp_dim", "dim_head_", "batch_size")),
         *(({}, {name: 3}) for name in ("vt_depth", "vt_heads", "seed", "epochs", "max_steps")),
         *(({}, {name: 0.3}) for name in ("dropout", "emb_dropout", "affine", "label_smoothing")),
+        *(({}, {name: 0.3}) for name in ("crop", "color", "randaugment", "erase")),
+        *(({}, {name: 0.3}) for name in ("mixup", "cutmix")),
+        ({"mixup": 0.3}, {"cutmix": 0.3}),
         *(({}, {name: 0.7}) for name in ("moving_average_decay", "weight_decay", "warmup_epochs")),
         ({}, {"clip_grad": 0.1}),
         ({}, {"pool": "mean"}),
@@ -503,6 +531,10 @@ def test_resume_of_a_finished_run_changes_nothing(
     [
         (signal.SIGINT, {"batch_size": 2, "epochs": 6}),
         (signal.SIGTERM, {"batch_size": 2, "epochs": 6, "gamma": 0.9, "optimizer": "rmsprop"}),
+        (
+            signal.SIGINT,
+            EVERY_AUGMENTATION | {"batch_size": 2, "epochs": 6, "precision": "bfloat16"},
+        ),
         (signal.SIGTERM, {"batch_size": 1000, "epochs": 30}),  # all steps of the epoch are done
     ],
     ids=str,

@@ -1,0 +1,132 @@
+"""A trial that is a part of a longer training: what NNI's Hyperband, BOHB and PBT ask of one.
+
+Hyperband and BOHB give TRIAL_BUDGET, the epoch to end after (--stop-epoch). A configuration that is
+promoted comes back as another trial with a larger one, and goes on from its own checkpoint. PBT gives
+load_checkpoint_dir and save_checkpoint_dir: the trial goes on from the first with its own values, for
+--epochs more, and leaves its checkpoint in the second.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import distributed_vit
+from config_vit import differences, saved_parameters
+from data_vit import Data
+from utils_vit import (
+    CheckpointError,
+    TrainingState,
+    link_or_copy,
+    load_checkpoint,
+    load_newest,
+    replace_file,
+)
+
+# What may be another in the next share of a training of PBT; the sizes of the model may not.
+PBT_MAY_CHANGE = {
+    *("lr", "momentum", "weight_decay", "label_smoothing", "clip_grad", "dropout", "emb_dropout"),
+    *("batch_size", "flip", "affine", "gamma", "seed"),
+}
+LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+
+
+def continue_earlier(args: argparse.Namespace, data: Data, output: Path) -> list[str]:
+    """Start `output` as a copy of the longest whole run of the same configuration, if there is one.
+
+    Looks at the trials beside this one; sets args.resume. Returns what the log should say of it.
+    """
+    if args.resume and args.load_checkpoint_dir:  # how far this trial was to go is known by now
+        args.stop_epoch = load_newest(args.resume)[0]["args"]["stop_epoch"]
+    if args.stop_epoch is None or args.resume:
+        return []
+    notes = []
+    for budget, folder in sorted(same_configuration(output, args.stop_epoch), reverse=True):
+        try:
+            check_whole(folder, args, data)
+        except CheckpointError as error:
+            notes.append(f"not continued from trial {folder.name}: {error}")
+            continue
+        copy_run(folder, output)
+        args.resume = output / LAST
+        return [*notes, f"continued from trial {folder.name}, which ended after epoch {budget}"]
+    return [*notes, "from the first epoch on"] if notes else []
+
+
+def same_configuration(output: Path, most: int) -> Iterator[tuple[int, Path]]:
+    """Budgets up to `most` and folders of the trials beside `output` that NNI gave the same values."""
+    # nni.json and not args.yaml: of hundreds of trials it is read in no time.
+    mine = sampled(output)
+    if mine is None:
+        return
+    for file in output.parent.glob("*/nni.json"):
+        other = sampled(file.parent)
+        if other and file.parent != output and other[0] == mine[0] and other[1] <= most:
+            yield other[1], file.parent
+
+
+def sampled(folder: Path) -> tuple[dict[str, Any], int] | None:
+    """What NNI gave a trial, without and with its budget; None if it gave no budget."""
+    try:
+        parameters = json.loads((folder / "nni.json").read_text())["parameters"]
+        return parameters, int(parameters.pop("TRIAL_BUDGET"))
+    except (OSError, ValueError, KeyError):  # outside of NNI, not asked yet, another tuner
+        return None
+
+
+def check_whole(folder: Path, args: argparse.Namespace, data: Data) -> None:
+    """Raises CheckpointError if the run in `folder` did not end, or is not one that this one continues."""
+    if not (folder / "results.json").exists():
+        raise CheckpointError("it did not come to its end")
+    saved = load_checkpoint(folder / LAST)
+    load_checkpoint(folder / BEST)
+    if saved["args"]["epochs"] != args.epochs:
+        raise CheckpointError(f"it had --epochs {saved['args']['epochs']}")
+    if changes := differences(saved["args"], saved_parameters(args)):
+        raise CheckpointError(f"it had other parameters: {changes}")
+    if (saved["classes"], saved["train_images"]) != (data.classes, len(data.train)):
+        raise CheckpointError("the images have changed since")
+
+
+def copy_run(source: Path, target: Path) -> None:
+    """Copy a whole run; a crash on the way leaves a folder without a checkpoint, which starts anew."""
+    target.mkdir(parents=True, exist_ok=True)
+    if (source / "tensorboard").exists():  # somebody may have tidied up
+        shutil.copytree(source / "tensorboard", target / "tensorboard", dirs_exist_ok=True)
+    for name in ("metrics.jsonl", BEST, LAST):
+        replace_file(target / name, (source / name).read_bytes())
+
+
+def continue_member(state: TrainingState, args: argparse.Namespace, data: Data) -> list[str]:
+    """PBT: take over weights, optimizer and epoch of load_checkpoint_dir, with this trial's own values.
+
+    Sets args.stop_epoch, --epochs further on. Returns what the log should say. Raises CheckpointError.
+    """
+    file = args.load_checkpoint_dir / LAST
+    saved = distributed_vit.from_rank_0(lambda: load_checkpoint(file) if file.exists() else None)
+    if saved is None:  # the first step of the population
+        args.stop_epoch = args.epochs
+        return [f"{file} does not exist: from the first epoch on"]
+    if saved["classes"] != data.classes:
+        raise CheckpointError(f"checkpoint {file} is of other classes than the data")
+    own = [{k: v for k, v in g.items() if k != "params"} for g in state.optimizer.param_groups]
+    state.load_state_dict(saved)
+    for group, values in zip(state.optimizer.param_groups, own, strict=True):
+        group.update(values)
+    before = math.ceil(saved["train_images"] / saved["args"]["batch_size"])
+    epoch = saved["step"] // before
+    # The best of this share alone: PBT compares what its members can do now, not what they once could.
+    state.best, state.outputs, state.epoch = None, [], epoch
+    state.step = state.validated = epoch * math.ceil(len(data.train) / args.batch_size)
+    args.stop_epoch = epoch + args.epochs
+    return [f"continued from {file} after epoch {epoch}"]
+
+
+def leave_checkpoint(args: argparse.Namespace, output: Path) -> None:
+    """PBT: the checkpoint for whichever trial goes on from this one; whole or not at all."""
+    if args.save_checkpoint_dir:
+        args.save_checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        link_or_copy(output / LAST, args.save_checkpoint_dir / LAST)

@@ -1,0 +1,380 @@
+"""Decoded images: on disk, where all trials share them, in memory, or decoded at every reading.
+
+python cache_vit.py                  list what is kept on disk
+python cache_vit.py clear [NAME...]  remove it, except what a run has open
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from images_vit import (
+    DataError,
+    DecodedImages,
+    ImageFolder,
+    Pixels,
+    decode_again,
+    decode_all,
+    decode_here,
+    printable,
+    quiet_pillow,
+    size_time_problem,
+)
+
+CACHE_FORMAT = 3  # to be raised when decoding or the file changes
+MODES = ("disk", "memory", "off")
+HEADER_LENGTH, TAIL_LENGTH = 128, 12  # bytes
+log = logging.getLogger("vit.cache")
+
+
+class CachedPixels(Pixels):
+    """Rows of a cache file. It is read, not mapped: the pages of the kernel's cache, which all trials
+    share, do not count as memory of each of them, and a disk that fails ends in an error to act on.
+    """
+
+    def __init__(
+        self, images: ImageFolder, shape: tuple[int, ...], file: Path, descriptor: int
+    ) -> None:
+        super().__init__(images, shape)
+        self.file, self.descriptor = file, descriptor
+        self.checksums = np.zeros(0, "<u4")
+        self.broken: dict[int, str] = {}
+        self.stats = np.zeros((0, 2), np.int64)  # size and modification time of the image files
+        self.verified = np.zeros(shape[0], bool)
+        self.named: set[int] = set()
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """As Pixels; a row's first reading in this process compares its checksum."""
+        for row, image in zip(rows.tolist(), out, strict=True):
+            try:
+                place = HEADER_LENGTH + row * image.nbytes
+                whole = os.preadv(self.descriptor, [image], place) == image.nbytes
+            except OSError:  # of the disk
+                whole = False
+            if whole and not self.verified[row]:
+                self.verified[row] = whole = zlib.crc32(image) == self.checksums[row]
+            if not whole:
+                self._heal(row, image)
+
+    def _heal(self, row: int, image: np.ndarray) -> None:
+        """Decode a damaged row again, for this run and, where it may write, for all others."""
+        path = self.images.path(row)
+        if row in self.broken:
+            image[:] = 0
+        elif size_time_problem(str(path)) != (*self.stats[row], ""):
+            raise DataError(
+                f"the cache {self.file} is damaged at {path}, which has changed since it was decoded: "
+                "start again"
+            )
+        else:
+            with quiet_pillow():
+                decode_again(path, image)
+        if row not in self.named:
+            self.named.add(row)
+            log.warning(printable(f"the cache {self.file} was damaged at {path}: decoded it again"))
+        with contextlib.suppress(OSError), open(self.file, "r+b") as file:
+            if os.path.sameopenfile(file.fileno(), self.descriptor):
+                os.pwrite(file.fileno(), image.tobytes(), HEADER_LENGTH + row * image.nbytes)
+
+
+def decode_folder(
+    images: ImageFolder,
+    size: int,
+    channels: int,
+    cache_dir: Path,
+    workers: int,
+    mode: str = "disk",
+    limit: float | None = None,
+) -> DecodedImages:
+    """Decode every image once and, on "disk", keep the result in `cache_dir` for every later run.
+
+    The cache file belongs to the list of (path, size, modification time) and to the image size and
+    channels. Of processes that need the same one at once, one builds it and the others wait. Nothing
+    is kept of files that could be listed, but then not read. With a `limit` in bytes, files that no
+    run has open make room, the least recently used first. "memory" decodes into this process's own;
+    "off" keeps nothing but what is broken. Raises DataError on what cannot be read, if the cache folder
+    cannot be written, or the disk, the limit or the memory has no room.
+    """
+    file, stats, problems = place_of(images, size, channels, cache_dir)
+    shape = (len(images.names), channels, size, size)
+    if mode != "disk":
+        return decode_here(images, shape, workers, mode, problems)
+    try:
+        pixels, built = _open_cache(file, images, shape, stats), False
+        if pixels is None:
+            cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # as private as the images
+            _remove_leftovers(cache_dir)
+            with _locked(file.with_suffix(".lock")):
+                pixels = _open_cache(file, images, shape, stats)
+                if pixels is None:
+                    _build_cache(images, shape, file, workers, problems, limit)
+                    pixels, built = _open_cache(file, images, shape, stats), True
+        if pixels is None:
+            raise OSError("it is damaged as soon as it is written")
+    except OSError as error:
+        raise DataError(
+            f"the cache of decoded images cannot be kept in {cache_dir}: {error.strerror or error}; "
+            "make room there, give --cache-dir another folder, or --cache off"
+        ) from None
+    return DecodedImages(pixels, pixels.broken, file, built)
+
+
+def place_of(
+    images: ImageFolder, size: int, channels: int, cache_dir: Path
+) -> tuple[Path, np.ndarray, dict[int, str]]:
+    """The cache file that belongs to the images as they are now, each one's size and modification time
+    int64 (images, 2), and why some cannot be read, by index.
+    """
+    stats = np.empty((len(images.names), 2), np.int64)
+    problems = {}
+    folder = str(images.folder)
+    for i, name in enumerate(images.names):
+        *stats[i], problem = size_time_problem(f"{folder}/{name}")
+        if problem:
+            problems[i] = problem
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, size, channels, problems]).encode())
+    digest.update("\0".join(images.names).encode(errors="surrogateescape"))
+    digest.update(stats.tobytes())
+    return cache_dir / f"{digest.hexdigest()[:32]}.npy", stats, problems
+
+
+# --- the cache file ---------------------------------------------------------------------------------
+# An .npy array that numpy can map; behind it a CRC-32 for each row, a JSON of what it holds, the length
+# of that (8 bytes) and the CRC-32 of the header and all of this (4 bytes). So the whole need not be
+# read before the first step, and a damaged row is noticed where it is read.
+
+
+def make_header(shape: list[int] | tuple[int, ...]) -> bytes:
+    """Of an .npy file, version 1.0, always of the same length."""
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
+    text = text.ljust(HEADER_LENGTH - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def make_footer(shape: tuple[int, ...], checksums: np.ndarray, info: dict[str, Any]) -> bytes:
+    """What stands behind the pixels of such a file."""
+    text = json.dumps(info).encode()
+    footer = checksums.astype("<u4").tobytes() + text + len(text).to_bytes(8, "little")
+    return footer + zlib.crc32(make_header(shape) + footer).to_bytes(4, "little")
+
+
+def _read_footer(descriptor: int) -> tuple[dict[str, Any], np.ndarray] | None:
+    """{"folder", "shape", "broken"} and the checksums (images,); None if anything is not as written."""
+    try:
+        length = os.fstat(descriptor).st_size
+        tail = os.pread(descriptor, TAIL_LENGTH, max(0, length - TAIL_LENGTH))
+        text_length = int.from_bytes(tail[:8], "little")
+        start = length - TAIL_LENGTH - text_length
+        if start < HEADER_LENGTH:
+            return None
+        info = json.loads(os.pread(descriptor, text_length, start))
+        shape = tuple(info["shape"])
+        begin = HEADER_LENGTH + int(np.prod(shape, dtype=object))
+        checksums = np.frombuffer(os.pread(descriptor, start - begin, begin), "<u4")
+        whole = os.pread(descriptor, HEADER_LENGTH, 0) == make_header(shape)
+        footer = make_footer(shape, checksums, info)
+        whole = whole and len(checksums) == shape[0] and begin + len(footer) == length
+    except (OSError, MemoryError, ArithmeticError, LookupError, TypeError, ValueError):
+        return None  # whatever the numbers in a damaged file lead to
+    return (info, checksums) if whole and footer[-4:] == tail[-4:] else None
+
+
+def _open_cache(
+    file: Path, images: ImageFolder, shape: tuple[int, ...], stats: np.ndarray
+) -> CachedPixels | None:
+    """The pixels in `file`; None if there is no such file or it is damaged."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    pixels = CachedPixels(images, shape, file, descriptor)  # and closes it
+    with contextlib.suppress(OSError):  # that it is in use, and when it was last
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.utime(descriptor)
+    found = _read_footer(descriptor)
+    if found is None or found[0]["shape"] != list(shape):
+        return None
+    info, pixels.checksums = found
+    pixels.broken = {int(i): why for i, why in info["broken"].items()}
+    pixels.stats = stats
+    return pixels
+
+
+def _build_cache(
+    images: ImageFolder,
+    shape: tuple[int, ...],
+    file: Path,
+    workers: int,
+    problems: dict[int, str],
+    limit: float | None,
+) -> None:
+    """Decode into a temporary file that becomes `file`."""
+    row_length = int(np.prod(shape[1:], dtype=object))
+    checksums = np.full(shape[0], zlib.crc32(bytes(row_length)), "<u4")
+    # A name that nobody else can have put a link under, where the folder is open to others.
+    temporary = file.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    descriptor = None
+    try:
+        with _room(file.parent, shape[0] * (row_length + 4), limit, images.folder):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+            descriptor = os.open(temporary, flags, 0o666)
+            # Claim the disk space now, rather than fail after an hour of decoding.
+            os.posix_fallocate(descriptor, 0, HEADER_LENGTH + shape[0] * row_length)
+
+        def keep(row: int, image: np.ndarray) -> None:
+            content = image.tobytes()
+            checksums[row] = zlib.crc32(content)
+            _write(descriptor, content, HEADER_LENGTH + row * row_length)
+
+        broken = decode_all(images, shape, workers, problems, keep)
+        info = {"folder": str(images.folder), "shape": shape, "broken": broken}
+        _write(descriptor, make_header(shape), 0)
+        footer = make_footer(shape, checksums, info)
+        _write(descriptor, footer, HEADER_LENGTH + shape[0] * row_length)
+        os.fsync(descriptor)
+        temporary.rename(file)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+
+
+def _write(descriptor: int, content: bytes, place: int) -> None:
+    while content:  # a disk that fills up takes a part
+        written = os.pwrite(descriptor, content, place)
+        content, place = content[written:], place + written
+
+
+# --- the folder of all of them ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(file: Path, wait: bool = True) -> Iterator[None]:
+    """One process at a time, of any user who may read `file`. Raises BlockingIOError without `wait`."""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except PermissionError:  # it is another user's
+        if not file.exists():
+            raise
+        descriptor = os.open(file, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            log.info("another run is decoding the same images: waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(cache_dir: Path) -> None:
+    """Temporary files of builders that were killed: those whose lock is free."""
+    for leftover in cache_dir.glob("*.tmp"):
+        lock = cache_dir / f"{leftover.name.split('.')[0]}.lock"
+        with contextlib.suppress(OSError), _locked(lock, wait=False):
+            leftover.unlink()
+
+
+@contextlib.contextmanager
+def _room(cache_dir: Path, needed: int, limit: float | None, folder: Path) -> Iterator[None]:
+    """Remove what was not used for longest until `needed` bytes fit the limit. Raises DataError."""
+    if limit is None:
+        yield
+        return
+    with _locked(cache_dir / "limit.lock"):
+        files = {f: f.stat() for f in cache_dir.iterdir() if f.suffix in (".npy", ".tmp")}
+        used = sum(status.st_size for status in files.values())
+        for file in sorted(files, key=lambda file: files[file].st_mtime_ns):
+            if used + needed > limit and needed <= limit and file.suffix == ".npy" and remove(file):
+                used -= files[file].st_size
+        if used + needed > limit:
+            beside = (
+                "" if needed > limit else f" beside the {used / 1e9:,.3g} GB that runs have open"
+            )
+            raise DataError(
+                f"the decoded images of {folder} take {needed / 1e9:,.3g} GB{beside}, and --cache-limit "
+                f"is {limit / 1e9:,.3g}: raise it, or --cache off decodes in every epoch instead"
+            )
+        yield
+
+
+def remove(file: Path) -> bool:
+    """Remove a cache file unless a run has it open; whether it is gone."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.unlink()
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def default_folder() -> Path:
+    """Where the decoded images of this user are kept."""
+    return Path(os.path.expanduser("~/.cache/vit-nni"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """List or clear; returns the exit status, 1 if something named could not be removed."""
+    parser = argparse.ArgumentParser(prog="cache_vit.py", description=__doc__.splitlines()[0])
+    parser.add_argument("command", nargs="?", choices=("list", "clear"), default="list")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="as listed; all without one")
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", default=default_folder())
+    args = parser.parse_args(argv)
+    files = sorted(args.cache_dir.glob("*.npy"), key=lambda file: file.stat().st_mtime)
+    status = 0
+    for name in args.names:
+        if not any(file.stem.startswith(name) for file in files):
+            print(printable(f"cache_vit.py: {args.cache_dir} has no {name}"), file=sys.stderr)
+            status = 1
+    for file in files:
+        if args.names and not any(file.stem.startswith(name) for name in args.names):
+            continue
+        line = describe(file)
+        if args.command == "clear":
+            removed = remove(file)
+            status = status or int(not removed)
+            line = f"{'removed' if removed else 'kept, a run has it open:'}  {line}"
+        print(line)
+    return status
+
+
+def describe(file: Path) -> str:
+    """One line: name, last use, megabytes, images, their size, data folder."""
+    status = file.stat()
+    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.st_mtime))
+    with open(file, "rb") as content:
+        found = _read_footer(content.fileno())
+    what = "damaged or of another version"
+    if found:
+        images, channels, size, _ = found[0]["shape"]
+        what = f"{images:,} images {size} x {size} x {channels} of {found[0]['folder']}"
+    return printable(f"{file.stem[:8]}  {used}  {status.st_size / 1e6:,.1f} MB  {what}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

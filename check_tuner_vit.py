@@ -1,0 +1,142 @@
+"""`--check` of tuner and assessor: could NNI make them, would they search, and which way do they look?"""
+
+import contextlib
+import copy
+import importlib
+import inspect
+import io
+import logging.handlers
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from config_vit import Parser
+from report_vit import METRICS
+from space_vit import Sample
+
+# Of NNI 3.0's own that do not run with today's packages, and what does in their place.
+REPLACEMENTS = {
+    "anneal": ("anneal_tuner.Anneal", "its hyperopt 0.1.2 fails with numpy from 2.2 on"),
+    "smac": ("smac_tuner.Smac", "its packages do not install any more"),
+    "gp": ("nni_tuners.GP", "it fails with scipy from 1.11 on after cold_start_num trials"),
+    "metis": ("nni_tuners.Metis", "it fails with scipy from 1.11 on after cold_start_num trials"),
+    "hyperband": ("hyperband_tuner.Hyperband", "it fails on the ids of trials (issue 5263)"),
+    "bohb": ("bohb_tuner.BOHB", "it fails on the ids of trials (issue 5263)"),
+    "dngo": ("dngo_tuner.Dngo", "it mixes up the keys and takes 0.95 for the best result"),
+}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[list[logging.LogRecord]]:
+    """Keeps NNI's log, prints and warnings from the report; yields the records of its log."""
+    memory, output = logging.handlers.BufferingHandler(10**6), io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import nni  # noqa: F401  # warns of pkg_resources, and sets up its log
+
+        logger = logging.getLogger("nni")
+        before, logger.handlers = logger.handlers, [memory]
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                yield memory.buffer
+        finally:
+            logger.handlers = before
+
+
+def one_line(error: Exception) -> str:
+    """An error of other people's code in one line; of a bare assertion its condition."""
+    text = " ".join(str(error).split())
+    if not text:
+        text = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def is_batch(tuner: Any) -> bool:
+    """Whether the one key of the search space stands for whole samples."""
+    return (tuner.name or "").lower() in ("batch", "batchtuner")
+
+
+def check_algorithm(
+    kind: str, config: Any, space: dict[str, Any], metric: str, parser: Parser, errors: list[str]
+) -> Sample:
+    """Make the tuner or assessor as NNI would, let a tuner generate a sample; which way it looks.
+
+    Returns what trials get from it beside the search space.
+    """
+    name, path = config.name or config.class_name, sys.path[:]
+    with quiet():
+        try:
+            algorithm, arguments = algorithm_class(kind, config)
+            bound = inspect.signature(algorithm).bind(**arguments)
+            bound.apply_defaults()
+            added = added_parameters(config, algorithm, arguments, space if kind == "tuner" else {})
+            parser.given_by("it adds a parameter", added)
+        except Exception as error:  # of any package that a tuner may be made with
+            errors.append(f"{kind} {name}: {one_line(error)}")
+            return {}
+        finally:
+            sys.path[:] = path
+    mode = bound.arguments.get("optimize_mode", arguments.get("optimize_mode"))
+    wanted = {"max": "maximize", "min": "minimize"}[METRICS[metric]]
+    if mode not in (None, wanted):
+        said = "has" if "optimize_mode" in arguments else "lacks optimize_mode, which then is"
+        errors.append(
+            f"{kind} {name} {said} {mode}: it would prefer the worst models by {metric}; "
+            f"give classArgs: {{optimize_mode: {wanted}}}"
+        )
+    return added
+
+
+def algorithm_class(kind: str, config: Any) -> tuple[type, dict[str, Any]]:
+    """The class that NNI would make, and its arguments."""
+    from nni.tools.package_utils import config_manager
+
+    path, arguments = config.class_name, dict(config.class_args or {})
+    replacement = REPLACEMENTS.get((config.name or "").lower().removesuffix("tuner"))
+    if kind == "tuner" and replacement:
+        raise ValueError(replaced(*replacement))
+    if path:
+        sys.path.append(str(config.code_directory))  # last, as NNI does: installed packages win
+    else:
+        known = [a for a in config_manager.get_all_algo_meta() if a.algo_type == kind]
+        meta = config_manager.get_algo_meta(config.name)
+        if meta not in known:
+            names = " ".join(a.name for a in known)
+            raise ValueError(f"NNI has no {kind} of this name; it has {names}")
+        path, arguments = meta.class_name, {**(meta.class_args or {}), **arguments}
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name), arguments
+
+
+def replaced(class_name: str, reason: str) -> str:
+    """What to write for a tuner of NNI that does not run."""
+    folder = os.path.relpath(Path(__file__).parent / "tuners")
+    return (
+        f"NNI 3.0's own does not work: {reason}; in place of its name give "
+        f"codeDirectory: {folder} (from where the file is) and className: {class_name}"
+    )
+
+
+def added_parameters(
+    config: Any, algorithm: type, arguments: dict[str, Any], space: dict[str, Any]
+) -> Sample:
+    """What trials get from it beside the search space. Raises whatever it raises on the way."""
+    from nni.runtime.msg_dispatcher_base import MsgDispatcherBase
+
+    if issubclass(algorithm, MsgDispatcherBase):  # can be made inside of NNI only, but for ours
+        if not hasattr(algorithm, "largest_budget"):
+            return {"TRIAL_BUDGET": 1}
+        advisor = algorithm(**arguments)
+        advisor.handle_update_search_space(copy.deepcopy(space))
+        return {"TRIAL_BUDGET": advisor.largest_budget}
+    os.environ.setdefault("NNI_CHECKPOINT_DIRECTORY", "checkpoint")  # PBT asks for it
+    instance = algorithm(**arguments)
+    if not space:
+        return {}
+    instance.update_search_space(copy.deepcopy(space))
+    sample = instance.generate_parameters(0)
+    return {} if is_batch(config) else {k: v for k, v in sample.items() if k not in space}

@@ -1,0 +1,160 @@
+"""One step of training: the gradient of a batch, in pieces where memory is short, and the optimizer's step."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import distributed_vit
+import utils_vit
+from data_vit import share_of
+from utils_vit import OutOfMemory, RunFailed, TrainingState
+
+TOO_LARGE = "do not fit into the GPU's memory: half the --vt-dim or --vt-depth takes half or less"
+
+
+def training_step(
+    state: TrainingState,
+    images: Tensor,
+    targets: Tensor,
+    args: argparse.Namespace,
+    soft: Tensor | None = None,
+    batch_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimizer step; returns the loss (), the logits (batch, classes) and the targets, detached.
+
+    The loss is against `targets` (batch,) or, where given, the probabilities `soft` (batch, classes).
+    Of several processes each gives its part of the batch, `batch_size` is that of all parts, and what
+    is returned is of all of them. A batch for which the GPU has not enough memory is taken in more and
+    more pieces, with the same gradient: each process for itself, before any waits for another. Raises
+    OutOfMemory if a single image or the optimizer is too much, and RankLost.
+    """
+    labels, batch_size = targets if soft is None else soft, batch_size or len(images)
+    loss, logits = in_pieces(
+        state, args, len(images), lambda: gradient(state, images, labels, args, batch_size)
+    )
+    if distributed_vit.ranks() > 1:
+        loss, logits, targets = of_all_ranks(state.model, loss, logits, targets, batch_size)
+    if args.clip_grad:
+        nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
+    try:
+        state.optimizer.step()
+    except torch.OutOfMemoryError:  # its moments, at the first step: smaller pieces would not help
+        raise OutOfMemory(f"the model and the moments of {args.optimizer} {TOO_LARGE}") from None
+    state.step += 1
+    if state.ema:
+        state.ema.update(state.model, state.step)
+    return loss, logits, targets
+
+
+def logits_of(state: TrainingState, images: Tensor, args: argparse.Namespace) -> Tensor:
+    """Logits (batch, classes) of the selected model, in pieces where memory is short, as in training."""
+
+    def forward() -> Tensor:
+        parts = images.split(math.ceil(len(images) / state.pieces))
+        with autocast(images.device, args.precision):
+            return torch.cat([state.selected_model(part).float() for part in parts])
+
+    return in_pieces(state, args, len(images), forward)
+
+
+def in_pieces(
+    state: TrainingState, args: argparse.Namespace, images: int, work: Callable[[], Any]
+) -> Any:
+    """What `work` returns, which takes `images` in `state.pieces`: as many as memory asks for.
+
+    Raises OutOfMemory if a single image is too much.
+    """
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if state.pieces >= images:
+                raise OutOfMemory(
+                    f"a single image of {args.image_size} x {args.image_size} in {args.patch_num} x "
+                    f"{args.patch_num} patches and its model {TOO_LARGE}, half the --patch-num a quarter"
+                ) from None
+            state.pieces *= 2
+
+
+def gradient(
+    state: TrainingState,
+    images: Tensor,
+    targets: Tensor,
+    args: argparse.Namespace,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the mean loss, added up over `state.pieces`; returns loss and logits of this part.
+
+    `targets` are numbers (batch,) or probabilities (batch, classes).
+    """
+    ranks, rank = distributed_vit.ranks(), distributed_vit.rank()
+    position = ("step", state.step, rank) if ranks > 1 else ("step", state.step)
+    seed_dropout(images.device, utils_vit.seed_for(args.seed, *position))
+    state.optimizer.zero_grad()
+    if not len(images):
+        # A short batch can leave a process without images. A gradient of zero, and none where the
+        # others have none, is what it adds.
+        empty = images.new_zeros(1, *images.shape[1:])
+        with autocast(images.device, args.precision):
+            output = state.model(empty).float()
+        (output.sum() * 0).backward()
+        return output.new_zeros(()), output.detach()[:0]
+    size = math.ceil(len(images) / state.pieces)
+    loss, logits = torch.zeros((), device=images.device), []
+    for part, part_targets in zip(images.split(size), targets.split(size), strict=True):
+        with autocast(images.device, args.precision):
+            output = state.model(part)
+        part_loss = F.cross_entropy(
+            output.float(), part_targets, label_smoothing=args.label_smoothing
+        ) * (len(part) / batch_size)
+        part_loss.backward()
+        loss += part_loss.detach()
+        logits.append(output.detach().float())
+    return loss, torch.cat(logits)
+
+
+def of_all_ranks(
+    model: nn.Module, loss: Tensor, logits: Tensor, targets: Tensor, batch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the gradient that of the whole batch; loss, logits and targets of the whole, on every rank.
+
+    One message for the gradient and what metrics need: every rank then knows what one process would,
+    so checkpoints are the same whatever the number of ranks. Raises RankLost.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    own = share_of(batch_size, distributed_vit.rank(), distributed_vit.ranks())
+    outputs = logits.new_zeros(batch_size, logits.shape[1] + 1)  # logits, target: whole up to 2^24
+    outputs[own] = torch.cat([logits, targets[:, None]], dim=1)
+    gradients = [p.grad for p in parameters]
+    *gradients, loss, outputs = distributed_vit.added_up(*gradients, loss, outputs)
+    for parameter, total in zip(parameters, gradients, strict=True):
+        parameter.grad = total
+    return loss.clone(), outputs[:, :-1].clone(), outputs[:, -1].long()  # not the whole message
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the random numbers that a forward pass on this device draws."""
+    # torch.manual_seed also notes a stack trace for GPUs not in use: 0.7 ms, a step may take 10.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+
+
+def check_finite(state: TrainingState) -> None:
+    """Raises RunFailed if a loss of this epoch is not finite."""
+    finite = torch.stack([loss for loss, _, _ in state.outputs]).isfinite()
+    if not finite.all():
+        step = state.step - len(finite) + int(finite.int().argmin()) + 1
+        raise RunFailed(
+            f"the loss is not finite at epoch {state.epoch + 1}, step {step}: a lower --lr may help"
+        )
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision for the forward pass."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,0 +1,347 @@
+"""Training in parts: budgets and members of a population, and the tuners that hand them out."""
+
+import importlib
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import main_vit
+import utils_vit
+from check_vit import check
+from config_vit import UsageError, resolve
+
+# NNI's BOHB uses what ConfigSpace and statsmodels call old; that it still works is tested here.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY = [
+    *("--image-size", 8, "--patch-size", 4, "--vt-dim", 16, "--vt-depth", 1, "--vt-heads", 2),
+    *("--mlp-dim", 16, "--batch-size", 6, "--precision", "float32", "--dropout", 0.1),
+    *("--moving-average-decay", 0.9, "--threads", 1),
+]
+SPACE = {
+    "lr": {"_type": "loguniform", "_value": [1e-4, 1e-1]},
+    "depth": {"_type": "quniform", "_value": [1, 9, 2]},
+    "heads": {"_type": "randint", "_value": [1, 5]},
+    "noise": {"_type": "normal", "_value": [0, 1]},
+    "optimizer": {
+        "_type": "choice",
+        "_value": [{"_name": "sgd", "momentum": {"_type": "uniform", "_value": [0, 1]}}, {"_name": "adam"}],
+    },
+}  # fmt: skip
+ADVISORS = [
+    ("hyperband_tuner.Hyperband", {"R": 9}),
+    ("hyperband_tuner.Hyperband", {"R": 9, "exec_mode": "serial"}),
+    ("bohb_tuner.BOHB", {"max_budget": 9, "num_samples": 4}),
+]
+
+
+@pytest.fixture(autouse=True)
+def as_a_trial_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to the bit is what a CPU promises; tuners/ is where NNI would find its modules."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tuners"))
+
+
+def assert_same_run(one: Path, other: Path, read_lines: Callable[[Path], Any]) -> None:
+    """Weights, averages, optimizer and metrics are equal to the bit."""
+    assert read_lines(one) == read_lines(other)
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        a, b = (utils_vit.load_checkpoint(folder / name) for folder in (one, other))
+        assert a["step"] == b["step"]
+        for part in ("model", "ema"):
+            assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+        states = [[*state["optimizer"]["state"].values()] for state in (a, b)]
+        for mine, theirs in zip(*states, strict=True):
+            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.fixture
+def train(image_folder: Path, tmp_path: Path, run_main: Callable[..., Any]) -> Callable[..., Any]:
+    """train("a", budget, ...) is the trial of tmp_path/trials/a that NNI gave this budget, or none."""
+
+    def run(name: str, budget: int | None, *options: Any, **parameters: Any) -> Any:
+        folder = tmp_path / "trials" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        stop = ["--stop-epoch", budget] if budget else []
+        if budget:
+            record = {"parameters": {"lr": 0.01, **parameters, "TRIAL_BUDGET": budget}}
+            (folder / "nni.json").write_text(json.dumps(record))
+        place = ["--download-dir", image_folder, "--model-dir", folder]
+        return run_main(*TINY, *place, "--lr", 0.01, "--epochs", 4, *stop, *options)
+
+    return run
+
+
+def test_a_promoted_trial_goes_on(train, tmp_path: Path, read_lines) -> None:
+    """Epochs 1 to 2 in one trial and 3 to 4 in another give what 1 to 4 give; the first is as it was."""
+    trials = tmp_path / "trials"
+    assert train("first", 2).status == 0
+    assert train("stranger", 2, "--seed", 1, seed=1).status == 0
+    before = {file: file.read_bytes() for file in (trials / "first").iterdir() if file.is_file()}
+    later, whole = train("later", 4), train("whole", None)
+    assert "continued from trial first, which ended after epoch 2" in later.stdout
+    assert "epoch   3/4" in later.stdout and "epoch   2/4" not in later.stdout
+    assert "epoch   1/4" in whole.stdout
+    assert_same_run(trials / "later", trials / "whole", read_lines)
+    assert all(file.read_bytes() == content for file, content in before.items())
+    shared = [f for f in (trials / "later").iterdir() if f.is_file() and f.stat().st_nlink > 1]
+    assert not [f for f in shared if any(f.samefile(other) for other in before)]
+
+
+@pytest.mark.parametrize("fault", ["damaged", "unfinished", "other epochs"])
+@pytest.mark.slow
+def test_from_the_start_unless_the_earlier_trial_is_whole(
+    fault: str, train, tmp_path: Path, read_lines
+) -> None:
+    """Said in the log, and the result is the same."""
+    first = tmp_path / "trials/first"
+    train("first", 2, *(["--epochs", 6] if fault == "other epochs" else []))
+    if fault == "damaged":
+        (first / "checkpoint.pth.tar").write_bytes(b"x")
+    elif fault == "unfinished":
+        (first / "results.json").unlink()
+    later = train("later", 4)
+    assert later.status == 0
+    assert "not continued from trial first: " in later.stdout and "epoch   1/4" in later.stdout
+    train("whole", None)
+    assert_same_run(tmp_path / "trials/later", tmp_path / "trials/whole", read_lines)
+
+
+def test_members_of_a_population(train, tmp_path: Path) -> None:
+    """Each goes on from the folder it is told, with its own rate and decay, and leaves its checkpoint."""
+    folders = [tmp_path / "population" / str(step) for step in range(3)]
+    first = [
+        "--epochs",
+        2,
+        "--save-checkpoint-dir",
+        folders[0],
+        "--load-checkpoint-dir",
+        folders[0],
+    ]
+    train("first", None, *first)
+    second = ["--load-checkpoint-dir", folders[0], "--save-checkpoint-dir", folders[1]]
+    own = ["--lr", 0.02, "--weight-decay", 0.3, "--batch-size", 9]
+    result = train("second", None, "--epochs", 2, *second, *own)
+    assert "after epoch 2" in result.stdout and "epoch   4/4" in result.stdout
+    states = [utils_vit.load_checkpoint(folder / "checkpoint.pth.tar") for folder in folders[:2]]
+    assert [state["step"] for state in states] == [2 * 6, 4 * 4]  # of 36 images
+    assert [group["weight_decay"] for group in states[1]["optimizer"]["param_groups"]] == [0.3, 0]
+    assert states[1]["best"]["epoch"] in (3, 4)  # what it can do now, not what it once could
+    # Killed between its last checkpoint and its end, it does not go on from what it left itself.
+    (tmp_path / "trials/first/results.json").unlink()
+    again = train("first", None, *first, "--auto-resume")
+    assert again.status == 0 and "epoch   3" not in again.stdout
+    assert train("third", None, "--epochs", 2, *second, "--vt-dim", 8).status == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--epochs 9 --stop-epoch 27", "give --epochs the largest budget"),
+        ("--load-checkpoint-dir x --scheduler cosine", "without an end for a cosine"),
+        ("--load-checkpoint-dir x --max-steps 9", "max_steps contradicts"),
+    ],
+)
+def test_budgets_that_cannot_be(options: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve(main_vit.make_parser(), options.split())
+
+
+def test_what_nni_gives() -> None:
+    """Names of NNI as they stand; without a word on it, the rate is constant under PBT."""
+    args = resolve(main_vit.make_parser(), ["--epochs", "9"], {"TRIAL_BUDGET": 3})
+    assert (args.stop_epoch, args.epochs, args.scheduler) == (3, 9, "cosine")
+    args = resolve(main_vit.make_parser(), [], {"load_checkpoint_dir": "x"})
+    assert args.scheduler == "constant"
+
+
+# --- the tuners ----------------------------------------------------------------------------------
+
+
+def make(tuner: str, **arguments: Any) -> Any:
+    """A tuner of tuners/, by its className, whose commands to NNI's manager are kept in `sent`."""
+    module, _, name = tuner.partition(".")
+    base = getattr(importlib.import_module(module), name)
+
+    class Kept(base):
+        def send(self, command: Any, data: str) -> None:
+            if command.name == "NewTrialJob":
+                self.sent.append(json.loads(data))
+
+    advisor = Kept(**arguments)
+    advisor.sent = []
+    advisor.handle_initialize(SPACE)
+    advisor.handle_request_trial_jobs(2)
+    return advisor
+
+
+def run_trials(advisor: Any, count: int, failing: float = 0) -> Iterator[tuple[dict, bool]]:
+    """Trials, some of which fail, some after a final result, with odd messages of others in between."""
+    rng = random.Random(0)
+    for number in range(count):
+        assert advisor.sent, f"no trial is left after {number}"
+        job = advisor.sent.pop(0)
+        value = {"default": -abs(job["parameters"]["lr"] - 0.01)}
+        succeeds = rng.random() >= failing
+        finals = [value] * rng.choice([1, 2]) if succeeds or rng.random() < 0.5 else []
+        for final in [float("nan"), "text", None, *finals]:
+            for parameter_id in ("9-9_9_9", None, 7, job["parameter_id"]):
+                report = {"parameter_id": parameter_id, "value": json.dumps(final)}
+                report |= {"type": "FINAL", "sequence": 0, "trial_job_id": f"trial{number}"}
+                advisor.handle_report_metric_data(report)
+        end = {"event": "SUCCEEDED" if succeeds else "FAILED", "trial_job_id": f"trial{number}"}
+        for _ in range(2):
+            advisor.handle_trial_end(end | {"hyper_params": json.dumps(job)})
+        advisor.handle_request_trial_jobs(1)
+        yield job, succeeds
+
+
+@pytest.mark.parametrize("failing", [0, 0.4, 1])
+@pytest.mark.parametrize(("tuner", "arguments"), ADVISORS)
+def test_a_bracket_survives_its_trials(tuner: str, arguments: dict, failing: float) -> None:
+    """There is always a next trial, and what is promoted has succeeded in the round before."""
+    succeeded: set[str] = set()
+    budgets = Counter()
+    for job, succeeds in run_trials(make(tuner, seed=1, **arguments), 40, failing):
+        parameters = dict(job["parameters"])
+        budgets[parameters.pop("TRIAL_BUDGET")] += 1
+        bracket_round = int(job["parameter_id"].split("_")[1])
+        assert not bracket_round or json.dumps(parameters) in succeeded
+        if succeeds:
+            succeeded.add(json.dumps(parameters))
+        assert 1 <= parameters["depth"] <= 9 and parameters["heads"] in (1, 2, 3, 4)
+        optimizer = parameters["optimizer"]
+        assert ("momentum" in optimizer) == (optimizer["_name"] == "sgd")
+    assert set(budgets) == {1, 3, 9}
+    if not failing and arguments.get("exec_mode") != "serial":
+        assert budgets[1] > budgets[9]
+
+
+@pytest.mark.parametrize(("tuner", "arguments"), ADVISORS)
+def test_a_seed_repeats_the_trials(tuner: str, arguments: dict) -> None:
+    runs = [
+        [job["parameters"] for job, _ in run_trials(make(tuner, seed=3, **arguments), 20)]
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_bohb_learns_by_budget() -> None:
+    """NNI's own files all under budget 0; a failure counts as the worst; resumed results count too."""
+    advisor = make("bohb_tuner.BOHB", seed=1, max_budget=9)
+    assert all(succeeds for _, succeeds in run_trials(advisor, 22))
+    assert {budget: len(points) for budget, points in advisor.cg.configs.items()} == {
+        1: 9,
+        3: 8,
+        9: 5,
+    }
+    entry = {"parameter": {**advisor.sent[0]["parameters"], "TRIAL_BUDGET": 9}}
+    results = [{"default": 0.5}, json.dumps({"default": 0.5}), None, float("nan")]
+    advisor.handle_import_data([entry | {"value": value} for value in results])
+    assert len(advisor.cg.configs[9]) == 7
+    worst = make("bohb_tuner.BOHB", seed=1, max_budget=9)
+    outcomes = [succeeds for _, succeeds in run_trials(worst, 9, 0.5)]
+    assert len(worst.cg.losses[1]) == len(outcomes)
+    assert worst.cg.losses[1].count(float("inf")) <= outcomes.count(False)
+    assert float("inf") in worst.cg.losses[1]
+
+
+@pytest.mark.parametrize("failing", [0, 0.5, 1])
+def test_a_population_survives_its_trials(failing: float, tmp_path: Path) -> None:
+    """Only checkpoints that a trial left are gone on from, and the worst take over a better one's."""
+    module = importlib.import_module("pbt_tuner")
+    arguments = {"all_checkpoint_dir": str(tmp_path), "population_size": 4, "fraction": 0.25}
+    tuner = module.PBT(seed=1, **arguments)
+    space = {
+        "lr": {"_type": "loguniform", "_value": [1e-4, 1]},
+        "flip": {"_type": "choice", "_value": ["none", "both"]},
+    }
+    tuner.update_search_space(space)
+    rng, queue, left, done = random.Random(0), [], set(), []
+
+    def ask(first: int, count: int) -> None:
+        ids = list(range(first, first + count))
+        new = tuner.generate_multiple_parameters(ids, st_callback=lambda *job: queue.append(job))
+        queue.extend(zip(ids, new, strict=False))
+
+    ask(0, 2)
+    for number in range(24):
+        assert queue, f"no trial is left after {number}"
+        parameter_id, parameters = queue.pop(0)
+        step = int(Path(parameters["save_checkpoint_dir"]).name)
+        assert 1e-4 <= parameters["lr"] <= 1
+        load = parameters["load_checkpoint_dir"]
+        assert load in left or step == 0 or failing, "of a trial that left nothing"
+        if rng.random() >= failing:
+            left.add(parameters["save_checkpoint_dir"])
+            tuner.receive_trial_result(parameter_id, parameters, {"default": parameters["lr"]})
+            done.append((parameters, parameters["lr"]))
+        for value in ({"default": float("nan")}, "text", 0.5):
+            tuner.receive_trial_result(parameter_id if value != 0.5 else 999, parameters, value)
+        tuner.trial_end(parameter_id, rng.random() > failing)
+        ask(number + 2, 1)
+    assert step == 5
+    if not failing:
+        assert {load for (p, _) in done[4:8] if (load := p["load_checkpoint_dir"])} < left
+        resumed = module.PBT(seed=1, **arguments)
+        resumed.update_search_space(space)
+        for folder in left:
+            Path(folder).mkdir(parents=True)
+        data = [{"parameter": p, "value": {"default": value}} for p, value in done[:-2]]
+        resumed.import_data(data)
+        assert resumed.epoch == 5
+        assert all(m.hyper_parameters["load_checkpoint_dir"] in left for m in resumed.population)
+
+
+def test_a_population_of_other_values_than_numbers_is_refused() -> None:
+    tuner = importlib.import_module("pbt_tuner").PBT(all_checkpoint_dir="x")
+    with pytest.raises(ValueError, match="nested choice optimizer"):
+        tuner.update_search_space(SPACE)
+
+
+# --- --check -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("hyperband", "R: 9 ", "R: 27 ", "27 is more than epochs 9"),
+        ("hyperband", "R: 9 ", "R: 3 ", "largest budget 3 is less than epochs 9"),
+        ("bohb", "max_budget: 9", "max_budget: 10", "10 is more than epochs 9"),
+        ("bohb", "eta: 3", "eta: 1", "eta >= 2"),
+        ("pbt", "affine: {_type: uniform, _value: [0.0, 0.3]}", "vt_dim: {_type: choice, _value: [16, 32]}", "vt_dim cannot change"),
+        ("pbt", "--threads 1", "--threads 1 --warmup-epochs 1", "warmup_epochs has no effect"),
+    ],
+)  # fmt: skip
+def test_check_of_budgets(
+    name: str, old: str, new: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    text = (REPOSITORY / f"examples/tuners/{name}.yml").read_text()
+    assert old in text
+    text = text.replace(old, new).replace("../..", str(REPOSITORY))
+    (tmp_path / "config.yml").write_text(text)
+    status = check(tmp_path / "config.yml", main_vit.make_parser())
+    output = capsys.readouterr().out
+    assert message in output and status == (2 if "error: " in output else 0)
+
+
+def test_check_names_the_installation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in [*sys.modules]:
+        if name.startswith(("bohb_tuner", "nni.algorithms.hpo.bohb_advisor")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "statsmodels", None)
+    monkeypatch.setitem(sys.modules, "statsmodels.api", None)
+    assert check(REPOSITORY / "examples/tuners/bohb.yml", main_vit.make_parser()) == 2
+    assert "pip install ConfigSpace statsmodels" in capsys.readouterr().out

@@ -1,0 +1,513 @@
+"""Where decoded images are kept, what of it is read when, on which device, and by how many threads."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nni_tools import experiment
+from PIL import Image
+from test_data import open_small, python
+
+import cache_vit
+import data_vit
+import setup_vit
+from cache_vit import DecodedImages, decode_folder
+from data_vit import Resident, Split, batches, keep_on_device
+from images_vit import DataError, decode_image, read_image_folder
+
+REPOSITORY = Path(data_vit.__file__).parent
+CPU = torch.device("cpu")
+MakeImages = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(image_folder: Path) -> Path:
+    """Two classes of 20 images each."""
+    return image_folder / "train"
+
+
+def decode(
+    folder: Path, size: int = 8, mode: str = "disk", limit: float | None = None
+) -> DecodedImages:
+    cache = folder.parent / "cache"
+    return decode_folder(read_image_folder(folder), size, 3, cache, 2, mode, limit)
+
+
+# --- modes ------------------------------------------------------------------------------------------
+
+
+def test_all_modes_give_the_same_images(folder: Path) -> None:
+    (folder / "cat" / "broken.png").write_bytes(b"")
+    disk = decode(folder)
+    for mode in ("memory", "off"):
+        cache = folder.parent / mode
+        other = decode_folder(read_image_folder(folder), 8, 3, cache, 2, mode)
+        assert other.file is None and not cache.exists()
+        assert other.broken == disk.broken and list(other.broken) == [20]
+        assert other.pixels.shape == disk.pixels.shape == (41, 3, 8, 8)
+        rows = np.array([40, 3, 3, 0])
+        assert np.array_equal(other.pixels[rows], disk.pixels[rows])
+
+
+@pytest.mark.parametrize("mode", cache_vit.MODES)
+def test_a_run_in_each_mode(mode: str, image_folder: Path, run_main: Callable) -> None:
+    """The same training to the last bit; what is kept is where it was asked for."""
+    argv = [
+        "-s",
+        "8",
+        "-p",
+        "4",
+        "-vd",
+        "16",
+        "-d",
+        "1",
+        "-vh",
+        "2",
+        "-mlpd",
+        "16",
+        "-e",
+        "1",
+        "--threads",
+        "1",
+        "--precision",
+        "float32",
+    ]
+    place = image_folder.parent / mode
+    for name, extra in (("a", []), ("b", ["--cache", mode])):
+        argv_of_this = [
+            *argv,
+            *extra,
+            "--cache-dir",
+            place / name,
+            "--model-dir",
+            place / f"run-{name}",
+        ]
+        result = run_main("--download-dir", image_folder, *argv_of_this)
+        assert result.status == 0, result.stderr
+    weights = [
+        torch.load(place / f"run-{name}" / "model_best.pth.tar", weights_only=True)["model"]
+        for name in "ab"
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert (place / "b").exists() == (mode == "disk")
+    assert {"disk": "decoded", "memory": "into memory (", "off": "in every epoch"}[
+        mode
+    ] in result.stdout
+
+
+def test_off_reads_each_time_and_names_what_broke_since(folder: Path) -> None:
+    decoded = decode(folder, mode="off")
+    Image.new("RGB", (12, 12), "white").save(folder / "cat" / "000.png")
+    assert (decoded.pixels[0] == 255).all()
+    (folder / "cat" / "001.png").write_bytes(b"")
+    with pytest.raises(DataError, match="001.png cannot be decoded any more: not an image"):
+        decoded.pixels[0:3]
+    (folder / "cat" / "001.png").unlink()
+    with pytest.raises(DataError, match="001.png could be read when .* but no more: No such file"):
+        decoded.pixels[1]
+
+
+def test_memory_that_there_is_not(folder: Path) -> None:
+    with pytest.raises(
+        DataError, match="--cache memory: .* take 12,000,000.00 GB, and .* GB are free"
+    ):
+        decode(folder, size=10**7, mode="memory")
+
+
+# --- the limit, the list ----------------------------------------------------------------------------
+
+
+def sizes(folder: Path) -> set[int]:
+    """The image sizes that the cache holds."""
+    return {
+        np.load(file, mmap_mode="r").shape[2] for file in (folder.parent / "cache").glob("*.npy")
+    }
+
+
+def test_the_least_recently_used_makes_room(folder: Path) -> None:
+    row = 40 * 3 * 8 * 8  # bytes; 16 pixels of the side take 4 of it, 24 take 9, 32 take 16
+    files = {size: decode(folder, size).file for size in (8, 16, 24)}
+    for age, size in enumerate((16, 8, 24)):
+        os.utime(files[size], (0, age))
+    decode(folder, 16)  # and now it was used last
+    assert decode(folder, 32, limit=26.5 * row).built
+    assert sizes(folder) == {16, 32}
+    assert not decode(folder, 32, limit=26.5 * row).built
+
+
+def test_what_a_run_has_open_stays(folder: Path) -> None:
+    row = 40 * 3 * 8 * 8
+    code = """
+import sys
+from pathlib import Path
+from cache_vit import decode_folder
+from images_vit import read_image_folder
+folder = Path(sys.argv[1])
+decoded = decode_folder(read_image_folder(folder), 16, 3, folder.parent / "cache", 1)
+print("open", flush=True)
+sys.stdin.read()
+print(int(decoded.pixels[:].sum(dtype=int)))
+"""
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(
+            DataError, match=r"take .* GB beside the .* GB that runs have open, and"
+        ):
+            decode(folder, 24, limit=12 * row)
+        assert sizes(folder) == {16}
+        assert cache_vit.main(["clear", "--cache-dir", str(folder.parent / "cache")]) == 1
+        other.communicate(timeout=30)
+    assert decode(folder, 24, limit=12 * row).built  # it has ended
+    assert sizes(folder) == {24}
+
+
+def test_more_than_the_limit_alone(folder: Path) -> None:
+    decode(folder, 8)
+    message = "take 3.09e-05 GB, and --cache-limit is 2e-05: raise it, or --cache off"
+    with pytest.raises(DataError, match=message):
+        decode(folder, 16, limit=2e4)
+    assert sizes(folder) == {8}  # nothing was removed in vain
+    assert not list((folder.parent / "cache").glob("*.tmp"))
+
+
+def test_list_and_clear(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    cache = folder.parent / "cache"
+    assert cache_vit.main(["--cache-dir", str(cache)]) == 0
+    assert capsys.readouterr().out == ""
+    names = [decode(folder, size).file.stem for size in (8, 16)]
+    (cache / "ab.npy").write_bytes(b"of another version")
+    assert cache_vit.main(["--cache-dir", str(cache)]) == 0
+    lines = sorted(capsys.readouterr().out.splitlines(), key=lambda line: line.split()[-5:])
+    listed = {line[:8]: line for line in lines}
+    assert f"40 images 8 x 8 x 3 of {folder}" in listed[names[0][:8]]
+    assert f"0.0 MB  40 images 16 x 16 x 3 of {folder}" in listed[names[1][:8]]
+    assert time.strftime("%Y-%m-%d") in listed[names[0][:8]]
+    assert any(line.endswith("damaged or of another version") for line in lines) and len(lines) == 3
+
+    assert cache_vit.main(["clear", names[0][:8], "nothing", "--cache-dir", str(cache)]) == 1
+    assert capsys.readouterr().err == f"cache_vit.py: {cache} has no nothing\n"
+    assert {file.stem for file in cache.glob("*.npy")} == {names[1], "ab"}
+    command = [sys.executable, REPOSITORY / "cache_vit.py", "clear", "--cache-dir", cache]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.count("removed") == 2
+    assert not list(cache.glob("*.npy"))
+
+
+def test_a_folder_of_its_own_is_private(folder: Path) -> None:
+    decode(folder)
+    assert (folder.parent / "cache").stat().st_mode & 0o777 == 0o700
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def test_a_large_cache_is_not_read_at_the_start(folder: Path) -> None:
+    """Nor does a reader keep what it has read: its memory is that of a batch."""
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+from cache_vit import decode_folder
+from images_vit import read_image_folder
+def counter(file, name):
+    return int(Path(f"/proc/self/{file}").read_text().split(name + ":")[1].split()[0])
+folder = Path(sys.argv[1])
+images = read_image_folder(folder)
+read, resident = counter("io", "rchar"), counter("status", "VmRSS")
+decoded = decode_folder(images, 1000, 3, folder.parent / "cache", 1)
+print(decoded.built, counter("io", "rchar") - read)
+for i in range(40):
+    decoded.pixels[np.array([i])]
+print((counter("status", "VmHWM") - resident) / 1000)
+"""
+    for built in ("True", "False"):
+        process = python(code, folder)
+        (first, resident), errors = (text.splitlines() for text in process.communicate(timeout=60))
+        assert not errors and first.split()[0] == built
+    assert int(first.split()[1]) < 100_000  # bytes of 120 MB
+    assert float(resident) < 40  # MB
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_images_kept_on_a_device_are_read_once(device: str, folder: Path) -> None:
+    data = open_small(folder.parent)
+    once = keep_on_device(data, torch.device(device), 10**9)
+    assert once.train.pixels is once.val.pixels and once.test is data.test
+    assert once.train.pixels.tensor.device.type == device
+    assert len(once.train) == len(data.train) == 36
+    expected = list(batches(data.train, 8, CPU))
+    reads, read = [], data.train.pixels.read
+    data.train.pixels.read = lambda rows, out: reads.extend(rows.tolist()) or read(rows, out)
+    for _ in range(2):
+        own = batches(once.train, 8, torch.device(device))
+        for (images, targets, _), (own_images, own_targets, _) in zip(expected, own, strict=True):
+            assert own_images.shape == images.shape and own_images.device.type == device
+            if device == "cpu":
+                assert torch.equal(own_images, images) and torch.equal(own_targets, targets)
+    assert sorted(reads) == data.train.indices.tolist()  # once each, and none of validation
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "free", "kept"),
+    [
+        (40, 40, 160, True),
+        (40, 41, 161, False),
+        (40, None, 80, True),
+        (40, None, 79, False),
+        (10, None, 0, False),
+    ],
+)
+def test_what_fits_half_of_the_free_memory_is_kept(
+    train: int, val: int | None, free: int, kept: bool
+) -> None:
+    """`val` None: it is a part of the same images."""
+    pixels = [np.zeros((n, 1, 1, 1), np.uint8) for n in (train, val or 1)]
+    splits = [Split(p, np.zeros(1, np.int64), np.zeros(1, np.int64)) for p in pixels]
+    data = data_vit.Data(["a", "b"], splits[0], splits[1] if val else splits[0], splits[0], [])
+    kept_data = keep_on_device(data, CPU, free)
+    assert (
+        isinstance(kept_data.train.pixels, Resident)
+        == isinstance(kept_data.val.pixels, Resident)
+        == kept
+    )
+    assert kept_data.test.pixels is pixels[0]
+
+
+def test_batches_are_read_one_ahead_and_errors_come_through(folder: Path) -> None:
+    decoded = decode(folder)
+    reads = []
+    read = decoded.pixels.read
+
+    def noted(rows: np.ndarray, out: np.ndarray) -> None:
+        reads.append(rows.tolist())
+        if 5 in rows:
+            raise DataError("five")
+        read(rows, out)
+
+    decoded.pixels.read = noted
+    split = Split(decoded.pixels, np.zeros(40, np.int64), np.arange(40))
+    iterator = batches(split, 2, CPU)
+    next(iterator)
+    wait_until = time.monotonic() + 10
+    while len(reads) < 2 and time.monotonic() < wait_until:
+        time.sleep(0.001)
+    assert reads == [[0, 1], [2, 3]]
+    next(iterator)
+    with pytest.raises(DataError, match="five"):
+        next(iterator)
+
+
+def test_decoded_rows_are_those_of_their_files(folder: Path) -> None:
+    images = read_image_folder(folder)
+    decoded = decode(folder)
+    for i in (0, 19, 20, 39):
+        assert np.array_equal(decoded.pixels[i], decode_image(images.path(i), 8, 3))
+    assert np.array_equal(decoded.pixels[2:5], decoded.pixels[np.array([2, 3, 4])])
+    with pytest.raises(IndexError):
+        decoded.pixels[40]
+
+
+# --- cores ------------------------------------------------------------------------------------------
+
+V1, V2 = "4:memory:/a\n1:cpu,cpuacct:/job/one\n0::/", "0::/job/one\n"
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        (V2, {"job/one/cpu.max": "150000 100000"}, 1),
+        (V2, {"job/one/cpu.max": "400000 100000", "job/cpu.max": "300000 100000"}, 3),
+        (V2, {"job/one/cpu.max": "max 100000"}, 8),
+        (V2, {"job/one/cpu.max": "50000 100000"}, 1),
+        (V2, {"cpu.max": "200000 100000"}, 2),  # a container sees its own group as the root
+        (V1, {"cpu,cpuacct/job/one/cpu.cfs_quota_us": "250000", "cpu,cpuacct/job/one/cpu.cfs_period_us": "50000"}, 5),
+        (V1, {"cpu/job/cpu.cfs_quota_us": "200000\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 2),
+        (V1, {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"}, 8),
+        (V2, {"job/one/cpu.max": "nonsense"}, 8),
+        ("", {}, 8),
+    ],
+)  # fmt: skip
+def test_cores_of_a_cgroup(
+    membership: str, files: dict, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    (tmp_path / "self").write_text(membership)
+    for name, content in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(content)
+    assert setup_vit.usable_cores(tmp_path / "fs", tmp_path / "self") == expected
+
+
+@contextlib.contextmanager
+def real_cgroup(quota: int, period: int) -> Iterator[Path]:
+    """A group of v2 or v1 below the root; skips where none can be made."""
+    for place in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cpu")):
+        group = place / f"vit-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            if (group / "cpu.max").exists():
+                (group / "cpu.max").write_text(f"{quota} {period}")
+            elif (group / "cpu.cfs_quota_us").exists():
+                (group / "cpu.cfs_period_us").write_text(str(period))
+                (group / "cpu.cfs_quota_us").write_text(str(quota))
+            else:
+                continue
+            yield group
+            return
+        finally:
+            group.rmdir()
+    pytest.skip("no cgroup with a CPU quota can be made here")
+
+
+def test_a_real_quota_and_a_real_affinity() -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("a single core cannot be limited")
+    code = """
+import os, sys, setup_vit
+cores = os.sched_getaffinity(0)
+os.sched_setaffinity(0, {min(cores)})
+print(setup_vit.usable_cores())
+os.sched_setaffinity(0, cores)
+open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
+print(setup_vit.usable_cores())
+"""
+    with real_cgroup(150_000, 100_000) as group:
+        process = python(code, group)
+        assert process.communicate(timeout=120) == ("1\n1\n", "")
+
+
+@pytest.mark.parametrize(
+    ("cores", "torchs", "concurrency", "given", "expected"),
+    [
+        (2, 2, 1, False, 2), (2, 2, 2, False, 1), (2, 2, 8, False, 1), (16, 8, 2, False, 4),
+        (4, 16, 2, False, 2), (8, 3, 2, True, 3), (8, 6, 2, True, 4), (1, 1, 2, True, 1),
+    ],
+)  # fmt: skip
+def test_threads_of_a_trial(
+    cores: int, torchs: int, concurrency: int, given: bool, expected: int
+) -> None:
+    assert setup_vit.default_threads(cores, torchs, concurrency, given) == expected
+
+
+def test_the_number_of_threads_is_repeated(
+    image_folder: Path, tmp_path: Path, run_main: Callable
+) -> None:
+    """args.yaml holds it, so that the same run elsewhere gives the same bits."""
+    argv = [
+        "-s",
+        "8",
+        "-p",
+        "4",
+        "-vd",
+        "16",
+        "-d",
+        "1",
+        "-vh",
+        "2",
+        "-mlpd",
+        "16",
+        "-e",
+        "1",
+        "--max-steps",
+        "1",
+    ]
+    result = run_main("--download-dir", image_folder, *argv, "--model-dir", tmp_path / "a")
+    expected = setup_vit.default_threads(
+        setup_vit.usable_cores(), torch.get_num_threads(), 1, "OMP_NUM_THREADS" in os.environ
+    )
+    assert f"CPU threads {expected}," in result.stdout
+    assert f"threads: {expected}\n" in (tmp_path / "a" / "args.yaml").read_text()
+    other = str(expected + 2)
+    run_main(
+        "--download-dir", image_folder, *argv, "--threads", other, "--model-dir", tmp_path / "b"
+    )
+    again = run_main("--config", tmp_path / "b" / "args.yaml", "--model-dir", tmp_path / "c")
+    assert f"CPU threads {other}," in again.stdout
+
+
+@pytest.mark.slow
+def test_trials_share_the_cores(tmp_path: Path) -> None:
+    """A real manager answers how many run at a time; a manager that does not is no failure."""
+    (tmp_path / "trial.py").write_text("""
+import os
+from nni_vit import Trial
+trial = Trial()
+trial.ask()
+seen = trial.concurrency()
+channel = os.environ["NNI_TRIAL_COMMAND_CHANNEL"]
+os.environ["NNI_TRIAL_COMMAND_CHANNEL"] = "http://localhost:9/env/x"
+alone = trial.concurrency()
+os.environ["NNI_TRIAL_COMMAND_CHANNEL"] = channel
+trial.finish({"default": 10 * seen + alone})
+""")
+    config = {
+        "trialCommand": f"{sys.executable} trial.py", "trialConcurrency": 3, "maxTrialNumber": 4,
+        "searchSpace": {"a": {"_type": "uniform", "_value": [0, 1]}},
+    }  # fmt: skip
+    with experiment(config, tmp_path) as running:
+        running.wait("DONE", 90)
+        finals = [running.finals(trial["trialJobId"]) for trial in running.trials()]
+        assert finals == [[{"default": 31.0}]] * 4
+
+
+# --- what a run loads -------------------------------------------------------------------------------
+
+LATE = {"matplotlib", "sklearn", "scipy", "pandas", "tensorboard", "torchvision", "nni", "requests"}
+LATE |= {"vit_pytorch", "check_vit"}
+
+
+def test_what_is_loaded_when(image_folder: Path, home: Path) -> None:
+    """Nothing of LATE to read the command line, nor before the first step; then what is used."""
+    code = f"""
+import sys
+import main_vit, step_vit
+loaded = lambda: sorted({LATE} & sys.modules.keys())
+main_vit.resolve(main_vit.make_parser(), ["--lr", "0.1"])
+print(loaded())
+step = step_vit.training_step
+def first_step(*args):
+    if args[0].step == 0:
+        print(loaded())
+    return step(*args)
+step_vit.training_step = first_step
+main_vit.main(sys.argv[1:])
+print(loaded())
+"""
+    argv = [
+        "-s",
+        "8",
+        "-p",
+        "4",
+        "-vd",
+        "16",
+        "-d",
+        "1",
+        "-vh",
+        "2",
+        "-mlpd",
+        "16",
+        "-e",
+        "1",
+        "--threads",
+        "1",
+    ]
+    process = subprocess.run(
+        [sys.executable, "-c", code, "--download-dir", str(image_folder), *argv],
+        cwd=image_folder, env={**os.environ, "HOME": str(home), "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    lists = [line for line in process.stdout.splitlines() if line.startswith("[")]
+    assert lists[:2] == ["[]", "[]"], process.stderr
+    assert not any(name in lists[2] for name in ("'nni'", "requests", "vit_pytorch", "check_vit"))
