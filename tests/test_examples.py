@@ -1,0 +1,128 @@
+"""Configurations that are not run by other tests: ours for Kubernetes and ssh, and NNI's own with our trial."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from nni_tools import REPOSITORY
+
+Run = Callable[..., Any]
+
+
+def choice(*values: Any) -> dict[str, Any]:
+    return {"_type": "choice", "_value": list(values)}
+
+
+def uniform(low: float, high: float, kind: str = "uniform") -> dict[str, Any]:
+    return {"_type": kind, "_value": [low, high]}
+
+
+@pytest.mark.parametrize("name", ["kubeflow", "frameworkcontroller", "shared_storage"])
+def test_kubernetes(name: str, run_main: Run) -> None:
+    """NNI's own validation, and every combination of the search space; no cluster is asked."""
+    file = REPOSITORY / f"examples/kubernetes/{name}.yml"
+    result = run_main("--check", file)
+    assert result.status == 0 and "warning" not in result.stdout, result.stdout
+    assert "NOT RUN" in file.read_text()
+
+
+def test_remote(run_main: Run, tmp_path: Path) -> None:
+    """The shipped example, once the key that it names exists."""
+    config = yaml.safe_load((REPOSITORY / "examples/remote/config.yml").read_text())
+    (tmp_path / "key").touch()
+    for machine in config["trainingService"]["machineList"]:
+        machine["sshKeyFile"] = str(tmp_path / "key")
+    config["searchSpaceFile"] = str(REPOSITORY / "search_net_ViT.json")
+    config["trialCodeDirectory"] = str(REPOSITORY)
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    result = run_main("--check", tmp_path / "config.yml")
+    assert result.status == 0 and "warning" not in result.stdout, result.stdout
+
+
+# Search spaces of NNI's documentation and examples, as they are there: what --check says of the first
+# key that this project has under no name, None if all of them are options of main_vit.py.
+SPACES: dict[str, tuple[dict[str, Any], str | None]] = {
+    "PyTorch quickstart": (
+        {
+            "features": choice(128, 256, 512, 1024),
+            "lr": uniform(0.0001, 0.1, "loguniform"),
+            "momentum": uniform(0, 1),
+        },
+        "features",
+    ),
+    "mnist-pytorch": (
+        {
+            "batch_size": choice(16, 32, 64, 128),
+            "hidden_size": choice(128, 256, 512, 1024),
+            "lr": choice(0.0001, 0.001, 0.01, 0.1),
+            "momentum": uniform(0, 1),
+        },
+        "hidden-size",
+    ),
+    "writing a trial": (
+        {
+            "dropout_rate": uniform(0.1, 0.5),
+            "conv_size": choice(2, 3, 5, 7),
+            "hidden_size": choice(124, 512, 1024),
+            "batch_size": choice(50, 250, 500),
+            "learning_rate": uniform(0.0001, 0.1),
+        },
+        "dropout-rate",
+    ),
+    "cifar10-pytorch": (
+        {
+            "lr": choice(0.1, 0.01, 0.001, 0.0001),
+            "optimizer": choice("SGD", "Adadelta", "Adagrad", "Adam", "Adamax"),
+            "model": choice("vgg", "resnet18", "googlenet", "densenet121"),
+        },
+        "model",
+    ),
+    # The same with the names that main_vit.py has for these things, values unchanged.
+    "PyTorch quickstart, renamed": (
+        {
+            "mlp_dim": choice(128, 256, 512, 1024),
+            "lr": uniform(0.0001, 0.1, "loguniform"),
+            "momentum": uniform(0, 1),
+        },
+        None,
+    ),
+    "writing a trial, renamed": (
+        {
+            "dropout": uniform(0.1, 0.5),
+            "patch_num": choice(2, 4, 7, 14),
+            "mlp_dim": choice(124, 512, 1024),
+            "batch_size": choice(50, 250, 500),
+            "learning_rate": uniform(0.0001, 0.1),
+        },
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_search_spaces_of_nni(name: str, run_main: Run, tmp_path: Path) -> None:
+    """In the quickstart's config.yml with our trialCommand: they can run, or one line says why not."""
+    space, unknown = SPACES[name]
+    (tmp_path / "search_space.json").write_text(json.dumps(space))
+    main = REPOSITORY / "main_vit.py"
+    command = f"python3 {main} --request-from-nni --optimizer sgd --image-size 224"
+    config = {
+        "experimentName": "MNIST",
+        "searchSpaceFile": "search_space.json",
+        "trialCommand": command,
+        "trialCodeDirectory": ".",
+        "trialConcurrency": 2,
+        "maxTrialNumber": 10,
+        "tuner": {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}},
+        "trainingService": {"platform": "local"},
+    }
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    result = run_main("--check", tmp_path / "config.yml")
+    errors = [line for line in result.stdout.splitlines() if line.startswith("error:")]
+    if unknown is None:
+        assert result.status == 0 and not errors, result.stdout
+    else:
+        assert result.status == 2 and any(f"--{unknown}" in line for line in errors), result.stdout

@@ -1,0 +1,150 @@
+"""A search that nnictl changes while it runs; and a search from Python."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from nni_tools import NNICTL, REPOSITORY, Experiment, experiment, free_port
+
+import data_vit
+import utils_vit
+
+pytestmark = pytest.mark.long
+TINY = (
+    "--image-size 8 --channel 1 --patch-size 4 --vt-dim 16 --vt-depth 1 --vt-heads 2 --mlp-dim 16"
+)
+LONG = "--threads 1 --batch-size 2 --epochs 2000"
+
+
+def space(low: float, high: float) -> dict[str, Any]:
+    return {"lr": {"_type": "loguniform", "_value": [low, high]}}
+
+
+@pytest.fixture
+def running(tmp_path: Path, make_images: Callable[..., Path]) -> Iterator[Experiment]:
+    """An experiment of trials that last until somebody ends them, one at a time, three in all."""
+    make_images(tmp_path / "images/train", ["cat", "dog"], 20, seed=1, noise=100)
+    command = f"{sys.executable} {REPOSITORY / 'main_vit.py'} --request-from-nni {TINY} {LONG}"
+    command += f" --download-dir {tmp_path / 'images'} --cache-dir {tmp_path / 'cache'}"
+    config = {"trialCommand": command, "searchSpace": space(1e-4, 1e-3), "maxTrialNumber": 3}
+    with experiment(config, tmp_path) as running:
+        yield running
+
+
+def training(running: Experiment, count: int) -> list[dict[str, Any]]:
+    """Waits until exactly so many trials run, each with an epoch behind it; returns these."""
+
+    def found() -> list[dict[str, Any]]:
+        trials = [trial for trial in running.trials() if trial["status"] == "RUNNING"]
+        files = [running.output(trial["trialJobId"]) / "metrics.jsonl" for trial in trials]
+        done = [file.exists() and file.read_text().count("\n") for file in files]
+        return trials if len(trials) == count and all(done) else []
+
+    return running.until(found, 120)
+
+
+def assert_whole(running: Experiment, trial_id: str) -> None:
+    """The trial has ended with its checkpoint; no process and no half of a file of it is left."""
+    ended = running.until(
+        lambda: [t for t in running.trials() if t["trialJobId"] == trial_id and t.get("endTime")]
+    )
+    assert ended[0]["status"] == "USER_CANCELED"
+    assert not [p for p in trial_processes(running) if p == trial_id]
+    output = running.output(trial_id)
+    state = utils_vit.load_checkpoint(output / "checkpoint.pth.tar")
+    assert f"stopped at step {state['step']};" in (output / "trial.log").read_text()
+    assert not [path for path in output.iterdir() if path.name.endswith(".tmp")]
+    # What it had reached is told all the same.
+    [final] = running.finals(trial_id)
+    assert final["default"] == state["best"]["val_accuracy"]
+
+
+def trial_processes(running: Experiment) -> list[str]:
+    """The trials of all processes that belong to one."""
+    trials = []
+    for process in running.processes():
+        try:
+            trials.append(process.environ().get("NNI_TRIAL_JOB_ID", ""))
+        except psutil.Error:
+            continue
+    return trials
+
+
+def test_nnictl_changes_a_running_search(running: Experiment, tmp_path: Path) -> None:
+    """`nnictl update` of everything, `trial kill`, `stop`, `view`, `resume`, in this order."""
+    [first] = training(running, 1)
+    (tmp_path / "space.json").write_text(json.dumps(space(1e-2, 2e-2)))
+    running.nnictl("update", "searchspace", running.id, "--filename", str(tmp_path / "space.json"))
+    running.nnictl("update", "duration", running.id, "--value", "2h")
+    running.nnictl("update", "trialnum", running.id, "--value", "4")
+    running.nnictl("update", "concurrency", running.id, "--value", "2")
+    assert training(running, 2)[0]["trialJobId"] == first["trialJobId"]  # goes on meanwhile
+    profile = running.get("experiment")["params"]
+    assert profile["maxTrialNumber"] == 4 and profile["trialConcurrency"] == 2
+    assert profile["maxExperimentDuration"] in (7200, "7200s", "2h")
+
+    running.nnictl("trial", "kill", running.id, "--trial_id", first["trialJobId"])
+    assert_whole(running, first["trialJobId"])
+    before = training(running, 2)  # another one has taken its place
+    # One sample is drawn ahead, from the search space as it was.
+    assert 1e-2 <= before[-1]["shown"]["parameters"]["lr"] <= 2e-2
+
+    running.stop()  # and nothing is left running
+    steps = {}
+    for trial in before:
+        file = running.output(trial["trialJobId"]) / "checkpoint.pth.tar"
+        steps[trial["trialJobId"]] = utils_vit.load_checkpoint(file)["step"]
+    place = ["--port", str(running.port), "--experiment_dir", str(running.folder / "exp")]
+    running.nnictl("view", running.id, *place)
+    assert len(running.trials()) == 3 and not any(trial_processes(running))
+    running.stop()
+
+    running.resume()
+    after = training(running, 2)
+    assert [trial["trialJobId"] for trial in after] == list(steps)
+    for trial_id, step in steps.items():
+        log, deadline = running.output(trial_id) / "trial.log", time.monotonic() + 60
+        while f"resumed after step {step}" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+    profile = running.get("experiment")["params"]
+    assert profile["maxTrialNumber"] == 4 and profile["trialConcurrency"] == 2
+
+
+def test_a_search_from_python(tmp_path: Path) -> None:
+    """examples/experiment.py with two small trials: prints the best and leaves nothing running."""
+    images = data_vit.make_digits(tmp_path / "digits")
+    options = f"--epochs 1 --image-size 16 --channel 1 --download-dir {images}"
+    code = f"import experiment; experiment.search({options!r}, 2, {free_port()})"
+    env = {**os.environ, "HOME": str(tmp_path / "home"), "no_proxy": "localhost,127.0.0.1"}
+    env["PATH"] = f"{NNICTL.parent}{os.pathsep}{os.environ['PATH']}"
+    (tmp_path / "home").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY / "examples",
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    trial_id, shown = re.search(r"best: trial (\w+), ([\d.]+) %", done.stdout).groups()
+    finals = {}
+    for file in (tmp_path / "home/nni-experiments").glob("*/environments/*/trials/*/results.json"):
+        finals[file.parent.name] = json.loads(file.read_text())["validation"]["accuracy"]
+    assert len(finals) == 2 and f"{max(finals.values()):.2f}" == shown
+    assert finals[trial_id] == max(finals.values())
+    left = [
+        p
+        for p in psutil.process_iter(["environ"])
+        if (p.info["environ"] or {}).get("HOME") == env["HOME"]
+    ]
+    assert not left
