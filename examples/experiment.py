@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from nni.experiment import Experiment
+from nni.experiment.config import CustomAlgorithmConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,10 +17,14 @@ def search(options: str = "--epochs 25", trials: int = 20, port: int = 8080) -> 
     os.environ["NODE_OPTIONS"] = f'--require="{ROOT / "loopback.cjs"}"'  # for this machine only
     experiment = Experiment("local")
     config = experiment.config
-    config.trial_command = f"python main_vit.py --request-from-nni --threads 1 {options}"
+    config.trial_command = f"python main_vit.py --request-from-nni {options}"
     config.trial_code_directory = ROOT
     config.search_space_file = ROOT / "search_net_ViT.json"
-    config.tuner.name, config.tuner.class_args = "TPE", {"optimize_mode": "maximize"}
+    config.tuner = CustomAlgorithmConfig(
+        code_directory=ROOT / "tuners",
+        class_name="tpe_tuner.Tpe",
+        class_args={"optimize_mode": "maximize"},
+    )
     config.max_trial_number, config.trial_concurrency = trials, 2
     experiment.run(port)
     best = max(experiment.export_data(), key=lambda trial: trial.value["default"])
