@@ -110,6 +110,20 @@ class Experiment:
         return mine
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """An experiment of this repository as it can stand in any folder: its paths are absolute."""
+    config = yaml.safe_load(file.read_text())
+    for part, key in (
+        (config, "trialCodeDirectory"),
+        (config, "searchSpaceFile"),
+        (config["tuner"], "codeDirectory"),
+        (config.get("assessor", {}), "codeDirectory"),
+    ):
+        if key in part:
+            part[key] = str((file.parent / part[key]).resolve())
+    return config
+
+
 @contextmanager
 def experiment(
     config: dict[str, Any],
@@ -127,11 +141,7 @@ def experiment(
         "trainingService": {"platform": "local"},
     }
     (folder / "home").mkdir(parents=True, exist_ok=True)
-    config = {**defaults, **config}
-    if "codeDirectory" in config["tuner"]:  # relative to the repository, as in its config.yml
-        own = REPOSITORY / config["tuner"]["codeDirectory"]
-        config["tuner"] = {**config["tuner"], "codeDirectory": str(own)}
-    (folder / "config.yml").write_text(yaml.safe_dump(config))
+    (folder / "config.yml").write_text(yaml.safe_dump({**defaults, **config}))
     running = Experiment(folder, port or free_port(), url_prefix, loopback)
     create = ["create", "--config", str(folder / "config.yml"), "--port", str(running.port)]
     try:

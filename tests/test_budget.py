@@ -320,7 +320,7 @@ def test_a_population_of_other_values_than_numbers_is_refused() -> None:
         ("bohb", "max_budget: 9", "max_budget: 10", "10 is more than epochs 9"),
         ("bohb", "eta: 3", "eta: 1", "eta >= 2"),
         ("pbt", "affine: {_type: uniform, _value: [0.0, 0.3]}", "vt_dim: {_type: choice, _value: [16, 32]}", "vt_dim cannot change"),
-        ("pbt", "--threads 1", "--threads 1 --warmup-epochs 1", "warmup_epochs has no effect"),
+        ("pbt", "--epochs 3", "--epochs 3 --warmup-epochs 1", "warmup_epochs has no effect"),
     ],
 )  # fmt: skip
 def test_check_of_budgets(

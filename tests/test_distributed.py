@@ -16,8 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import yaml
-from nni_tools import REPOSITORY, Experiment, experiment, free_port
+from nni_tools import REPOSITORY, Experiment, experiment, free_port, read_config
 from test_survival import TINY, differing
 
 import data_vit
@@ -295,11 +294,7 @@ def test_the_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     file = REPOSITORY / "examples/distributed/config.yml"
     assert main_vit.main(["--check", str(file)]) == 0
     assert "warning" not in capsys.readouterr().out
-    config = yaml.safe_load(file.read_text()) | {
-        "trialCodeDirectory": str(REPOSITORY),
-        "searchSpaceFile": str(file.parent / "search_net_ViT.json"),
-        "maxTrialNumber": 2,
-    }
+    config = read_config(file) | {"maxTrialNumber": 2}
     config["trialCommand"] = re.sub(r"--epochs \d+", "--epochs 1", config["trialCommand"])
     with experiment(config, tmp_path / "nni") as running:
         running.wait("DONE", 180)

@@ -6,13 +6,14 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
 import numpy as np
 import pytest
 import yaml
-from nni_tools import REPOSITORY, Experiment, experiment
+from nni_tools import REPOSITORY, Experiment, experiment, read_config
 from PIL import Image
 
 import data_vit
@@ -38,8 +39,8 @@ def choice(*values: Any) -> dict[str, Any]:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Experiment]:
     """The repository's own config.yml, done with 4 trials of small models."""
     folder = tmp_path_factory.mktemp("page")
-    config = yaml.safe_load((REPOSITORY / "config.yml").read_text())
-    space = json.loads((REPOSITORY / config.pop("searchSpaceFile")).read_text())
+    config = read_config(REPOSITORY / "config.yml")
+    space = json.loads(Path(config.pop("searchSpaceFile")).read_text())
     space |= {"patch_num": choice(2, 4), "vt_depth": choice(1, 2), "vt_dim": choice(16, 32)}
     config["trialCommand"] += f" --epochs {EPOCHS} --image-size 16 --channel 1" + "".join(
         f" {option} {shlex.quote(str(path))}"
@@ -50,7 +51,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Experiment]:
     )
     config["tuner"]["classArgs"]["seed"] = 0
     config |= {"searchSpace": space, "maxTrialNumber": TRIALS, "trialConcurrency": 2}
-    config["trialCodeDirectory"] = str(REPOSITORY)
     with experiment(config, folder) as running:
         running.wait("DONE", 80)
         yield running

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import requests
 import yaml
-from nni_tools import REPOSITORY, experiment, free_port
+from nni_tools import REPOSITORY, experiment, free_port, read_config
 
 import data_vit
 import utils_vit
@@ -144,10 +144,10 @@ def elsewhere() -> Iterator[tuple[str, list[str]]]:
 
 def search(worker: Worker, images: Path, **settings: Any) -> dict[str, Any]:
     """The shipped example with small models, this worker and images that it can see."""
-    config = yaml.safe_load(EXAMPLE.read_text())
+    config = read_config(EXAMPLE)
     del config["searchSpaceFile"]
     config["trialCommand"] += f" {TINY} --download-dir {images}"
-    config |= {"trialCodeDirectory": str(REPOSITORY), "searchSpace": SPACE}
+    config["searchSpace"] = SPACE
     config["trainingService"]["machineList"] = [worker.machine()]
     return config | settings
 

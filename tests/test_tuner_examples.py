@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from nni_tools import REPOSITORY, Experiment, experiment
+from nni_tools import REPOSITORY, Experiment, experiment, read_config
 
 TRIALS = 4
 EXAMPLES = sorted(REPOSITORY.glob("examples/tuners/*.yml"))
@@ -41,16 +40,8 @@ OWN = {
 
 
 def shortened(file: Path) -> dict[str, Any]:
-    """The example with absolute paths, few trials, and few steps in each."""
-    config = yaml.safe_load(file.read_text())
-    for part, key in (
-        (config, "trialCodeDirectory"),
-        (config, "searchSpaceFile"),
-        (config["tuner"], "codeDirectory"),
-        (config.get("assessor", {}), "codeDirectory"),
-    ):
-        if key in part:
-            part[key] = str((file.parent / part[key]).resolve())
+    """The example with few trials, and few steps in each."""
+    config = read_config(file)
     if "maxTrialNumber" in config:
         config["maxTrialNumber"] = min(config["maxTrialNumber"], TRIALS)
     arguments = config["tuner"].get("classArgs", {})
