@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from nni_tools import NNICTL, REPOSITORY, Experiment, experiment, free_port
+from nni_tools import NNICTL, REPOSITORY, Experiment, experiment, free_port, read_config
 
 import data_vit
 import utils_vit
@@ -28,14 +29,16 @@ def space(low: float, high: float) -> dict[str, Any]:
     return {"lr": {"_type": "loguniform", "_value": [low, high]}}
 
 
-@pytest.fixture
-def running(tmp_path: Path, make_images: Callable[..., Path]) -> Iterator[Experiment]:
+@contextmanager
+def endless(folder: Path, make_images: Callable[..., Path]) -> Iterator[Experiment]:
     """An experiment of trials that last until somebody ends them, one at a time, three in all."""
-    make_images(tmp_path / "images/train", ["cat", "dog"], 20, seed=1, noise=100)
+    make_images(folder / "images/train", ["cat", "dog"], 20, seed=1, noise=100)
     command = f"{sys.executable} {REPOSITORY / 'main_vit.py'} --request-from-nni {TINY} {LONG}"
-    command += f" --download-dir {tmp_path / 'images'} --cache-dir {tmp_path / 'cache'}"
-    config = {"trialCommand": command, "searchSpace": space(1e-4, 1e-3), "maxTrialNumber": 3}
-    with experiment(config, tmp_path) as running:
+    command += f" --download-dir {folder / 'images'} --cache-dir {folder / 'cache'}"
+    config = read_config(REPOSITORY / "config.yml")
+    del config["searchSpaceFile"], config["trialConcurrency"]
+    config |= {"trialCommand": command, "searchSpace": space(1e-4, 1e-3), "maxTrialNumber": 3}
+    with experiment(config, folder) as running:
         yield running
 
 
@@ -78,8 +81,13 @@ def trial_processes(running: Experiment) -> list[str]:
     return trials
 
 
-def test_nnictl_changes_a_running_search(running: Experiment, tmp_path: Path) -> None:
+def test_nnictl_changes_a_running_search(tmp_path: Path, make_images: Callable[..., Path]) -> None:
     """`nnictl update` of everything, `trial kill`, `stop`, `view`, `resume`, in this order."""
+    with endless(tmp_path, make_images) as running:
+        change_by_nnictl(running, tmp_path)
+
+
+def change_by_nnictl(running: Experiment, tmp_path: Path) -> None:
     [first] = training(running, 1)
     (tmp_path / "space.json").write_text(json.dumps(space(1e-2, 2e-2)))
     running.nnictl("update", "searchspace", running.id, "--filename", str(tmp_path / "space.json"))

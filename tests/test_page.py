@@ -5,7 +5,7 @@ import io
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -15,6 +15,7 @@ import pytest
 import yaml
 from nni_tools import REPOSITORY, Experiment, experiment, read_config
 from PIL import Image
+from test_nni_live import assert_whole, endless, training
 
 import data_vit
 
@@ -94,6 +95,14 @@ def pixels(page: Any, canvas: str) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
 
 
+def drawn_series(chart: Any) -> list[list[Any]]:
+    """Names and points of the curves of a chart, which are nowhere but in the properties React keeps."""
+    return chart.evaluate("""chart => {
+        const fiber = chart[Object.keys(chart).find(key => key.startsWith("__reactFiber"))];
+        return fiber.return.stateNode.props.option.series.map(({name, data}) => [name, data]);
+    }""")
+
+
 def test_page_shows_results_parameters_and_statuses(running: Experiment, page: Any) -> None:
     """Overview and table of trials against results.json and args.yaml of every trial."""
     ids = [trial["trialJobId"] for trial in running.trials()]
@@ -148,12 +157,7 @@ def test_plots_are_drawn_and_tensorboard_opens(running: Experiment, page: Any) -
     # Axes and text are grey; a curve has a colour of its own, with few pixels where curves cross.
     colour = drawn[(drawn[:, 3] == 255) & (np.ptp(drawn[:, :3].astype(int), axis=1) > 60)]
     assert (np.unique(colour, axis=0, return_counts=True)[1] > 100).sum() == TRIALS
-    # The points are nowhere in the document: React keeps them, as properties of the chart.
-    series = page.locator(".intermediate-graph .echarts-for-react").evaluate("""chart => {
-        const fiber = chart[Object.keys(chart).find(key => key.startsWith("__reactFiber"))];
-        return fiber.return.stateNode.props.option.series.map(({name, data}) => [name, data]);
-    }""")
-    assert dict(series) == curves
+    assert dict(drawn_series(page.locator(".intermediate-graph .echarts-for-react"))) == curves
     assert {len(points) for points in curves.values()} == {EPOCHS}
 
     trial_id, curve = next(iter(curves.items()))
@@ -163,8 +167,84 @@ def test_plots_are_drawn_and_tensorboard_opens(running: Experiment, page: Any) -
         page.get_by_role("button", name="Ok").click()
     board = opened.value
     board.get_by_text(f"0-{trial_id}").first.wait_for()
-    query = {"run": f"0-{trial_id}/.", "tag": "val/accuracy"}
+    run = f"0-{trial_id}/."
+    query = {"run": run, "tag": "val/accuracy"}
     points = board.request.get(
         urljoin(board.url, "/data/plugin/scalars/scalars"), params=query
     ).json()
     assert [value for _, _, value in points] == pytest.approx(curve)
+    images = board.request.get(urljoin(board.url, "/data/plugin/images/tags")).json()[run]
+    matrices = {"confusion_matrix/validation", "confusion_matrix/test"}
+    assert images.keys() == matrices | {"train/first_batch"}
+    board.goto(f"{board.url.split('#')[0]}#images")
+    board.wait_for_function("""() => {  // TensorBoard draws in shadow trees
+        const images = node => [...node.querySelectorAll("*")].flatMap(
+            e => [...(e.localName === "img" ? [e] : []), ...(e.shadowRoot ? images(e.shadowRoot) : [])]
+        );
+        return images(document).some(image => image.src.includes("images") && image.naturalWidth > 0);
+    }""")
+    board.close()
+
+
+def test_logs_and_every_metric_can_be_seen(running: Experiment, page: Any) -> None:
+    """The buttons of a trial: its log in a tab of its own, and the curve of each metric it reports."""
+    trial = running.trials()[0]
+    page.goto(f"{running.url}/detail")
+    row = page.locator(".ms-DetailsRow").first
+    row.locator("[data-icon-name=ChevronRight]").click()
+    page.get_by_role("tab", name="Log", exact=True).click()
+    with page.context.expect_page() as opened:
+        page.get_by_role("button", name="View trial log").click()
+    log = opened.value
+    log.get_by_text(f"epoch   {EPOCHS}/{EPOCHS}").first.wait_for()
+    log.close()
+
+    lines = (running.output(trial["trialJobId"]) / "metrics.jsonl").read_text().splitlines()
+    page.goto(f"{running.url}/detail")
+    for metric in ("auc", "loss", "balanced_accuracy", "accuracy"):
+        page.locator("button[title=Intermediate]").first.click()
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_role("combobox").click()
+        page.get_by_role("option", name=metric, exact=True).click()
+        chart = dialog.locator(".echarts-for-react")
+        points = [json.loads(line)[f"val_{metric}"] for line in lines]
+        assert drawn_series(chart)[0][1] == pytest.approx(points)
+        page.keyboard.press("Escape")
+        dialog.wait_for(state="hidden")
+
+
+def kill(page: Any, number: int) -> None:
+    page.get_by_role("button", name="Refresh", exact=True).click()
+    page.locator(".ms-DetailsRow").nth(number).locator("button[title=kill]").click()
+    page.get_by_role("button", name="Yes").click()
+    page.get_by_role("button", name="Close").click()
+
+
+def test_buttons_change_a_running_search(
+    tmp_path: Path, make_images: Callable[..., Path], page: Any
+) -> None:
+    """More at a time, more in all, a trial of one's own, the end of another: all in the page."""
+    with endless(tmp_path, make_images) as running:
+        [first] = training(running, 1)
+        page.goto(f"{running.url}/oview")
+        for box, value in ((".maxTrialNumber", 4), (".trialConcurrency", 2)):
+            page.locator(box).click()
+            page.locator(".edit-numbers input").fill(str(value))
+            page.locator(".edit-numbers [data-icon-name=CheckMark]").click()
+            page.locator(f"{box} .number", has_text=str(value)).wait_for()
+        training(running, 2)
+
+        page.goto(f"{running.url}/detail")
+        page.locator("button[title='Customized trial']").first.click()
+        page.get_by_role("dialog").get_by_role("textbox").fill("0.0123")
+        page.get_by_role("button", name="Submit").click()
+        page.get_by_role("button", name="Confirm").click()  # it is outside of the search space
+        page.get_by_role("button", name="OK").click()
+        kill(page, 0)
+        assert_whole(running, first["trialJobId"])
+        *_, own = training(running, 2)
+        args = yaml.safe_load((running.output(own["trialJobId"]) / "args.yaml").read_text())
+        assert args["lr"] == own["shown"]["parameters"]["lr"] == 0.0123
+        kill(page, 2)
+        assert_whole(running, own["trialJobId"])
+        training(running, 2)  # the tuner, told of it, has gone on
