@@ -53,7 +53,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Experiment]:
     config["tuner"]["classArgs"]["seed"] = 0
     config |= {"searchSpace": space, "maxTrialNumber": TRIALS, "trialConcurrency": 2}
     with experiment(config, folder) as running:
-        running.wait("DONE", 80)
+        running.wait("DONE", 240)
         yield running
 
 
