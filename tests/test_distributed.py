@@ -213,7 +213,9 @@ def test_all_ranks_end_together(
         hit.send_signal(signum)
         errors = process.stderr.read()  # ends when all of them have ended
         assert process.wait(timeout=10) != 0
-        assert not psutil.wait_procs(ranks, timeout=1)[1]
+        # They are orphans where torchrun was killed, and whoever adopts them may bury them late.
+        left = psutil.wait_procs(ranks, timeout=1)[1]
+        assert not [rank for rank in left if rank.status() != psutil.STATUS_ZOMBIE]
     state = load_checkpoint(output / "checkpoint.pth.tar")
     assert not list(output.glob(".*.tmp"))
     if signum == signal.SIGKILL and target != "torchrun":

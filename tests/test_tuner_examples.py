@@ -46,7 +46,8 @@ def shortened(file: Path) -> dict[str, Any]:
         config["maxTrialNumber"] = min(config["maxTrialNumber"], TRIALS)
     arguments = config["tuner"].get("classArgs", {})
     arguments.update({key: 2 for key in STARTUP if key in arguments})
-    config["trialCommand"] += " --max-steps 5"
+    # PBT counts in whole epochs.
+    config["trialCommand"] += " --epochs 1" if file.stem == "pbt" else " --max-steps 5"
     return config
 
 
