@@ -332,7 +332,7 @@ def test_no_memory_for_the_optimizer_ends_the_run(monkeypatch: pytest.MonkeyPatc
 # --- kills --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_killed_at_random_moments(
     image_folder: Path, run_main: RunMain, home: Path, read_lines, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

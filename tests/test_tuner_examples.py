@@ -1,4 +1,4 @@
-"""Every example of examples/tuners as a real experiment, and our tuners when trials fail. All slow."""
+"""Every example of examples/tuners as a real experiment, and our tuners when trials fail."""
 
 import json
 import re
@@ -11,6 +11,8 @@ from nni_tools import REPOSITORY, Experiment, experiment, read_config
 
 TRIALS = 4
 EXAMPLES = sorted(REPOSITORY.glob("examples/tuners/*.yml"))
+# One of each kind: an engine of its own, an advisor, checkpoints from trial to trial, an assessor.
+IN_CI = ("smac", "bohb", "pbt", "medianstop")
 # So few trials that a model would never be asked otherwise.
 STARTUP = ("cold_start_num", "startup_trials", "trials_per_update")
 # A trial without torch, so that many can run: every other kind of result that NNI can get wrong.
@@ -55,8 +57,14 @@ def results(running: Experiment, trial: dict[str, Any]) -> dict[str, Any]:
     return json.loads((running.output(trial["trialJobId"]) / "results.json").read_text())
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("file", EXAMPLES, ids=[file.stem for file in EXAMPLES])
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, marks=pytest.mark.slow if file.stem in IN_CI else pytest.mark.long)
+        for file in EXAMPLES
+    ],
+    ids=lambda file: file.stem,
+)
 def test_example_runs_to_its_end(file: Path, tmp_path: Path) -> None:
     """Every trial succeeds or is stopped by the example's own assessor; NNI has each true result."""
     lines = file.read_text().splitlines()[:3]
