@@ -1,14 +1,14 @@
 """Epochs that a search computes with early stopping against one without, to the same best metric.
 
-python benchmarks/early_stopping.py               3 seeds, about 10 minutes on 2 quiet cores
+python benchmarks/early_stopping.py               3 seeds, about 12 minutes on 2 quiet cores
 python benchmarks/early_stopping.py --quick       one seed, few epochs: does it run?
 
 The tuners and the assessor are NNI's and ours, driven as NNI's manager drives them, with one trial after
 the other; the trials are main_vit.py's own epochs on the digits, in this process. A configuration is
 trained once and its curve kept, so a method is charged for every epoch it asks for, and no time is
-spent on an epoch twice. "none" is Random search with every trial trained to the end; "Medianstop" has
-the same trials; "Hyperband" is ours, whose promoted trials continue, run until it has a result at least
-as good as that of "none" (or three times its epochs).
+spent on an epoch twice. "none" is Random search with every trial trained to the end; "Medianstop" and
+"Halving" (ours) have the same trials; "Hyperband" is ours, whose promoted trials continue, run until it
+has a result at least as good as that of "none", or three times its epochs.
 """
 
 import json
@@ -37,7 +37,7 @@ SPACE = {
     "dropout": {"_type": "uniform", "_value": [0.0, 0.4]},
 }
 MODEL = "--vt-heads 4 --mlp-dim 64 --batch-size 64 --precision float32"
-JUDGED = "Hyperband, continuing"
+JUDGED = "Halving"
 
 
 class Row(NamedTuple):
@@ -141,16 +141,18 @@ def hyperband(
 
 def compare(trainings: Trainings, trials: int, epochs: int, seed: int) -> list[Row]:
     """One seed, all methods."""
+    from halving_assessor import Halving
     from nni.algorithms.hpo.medianstop_assessor import MedianstopAssessor
 
     whole, target = random_search(trainings, trials, epochs, seed, None)
-    assessor = MedianstopAssessor("maximize", start_step=max(2, epochs // 6))
-    fewer, stopped_best = random_search(trainings, trials, epochs, seed, assessor)
+    median = MedianstopAssessor("maximize", start_step=max(2, epochs // 6))
+    halving = Halving("maximize")
     continued, scratch, best = hyperband(trainings, target, 3 * whole, epochs, seed)
     rows = [
         ("none", whole, target),
-        ("Medianstop", fewer, stopped_best),
-        (JUDGED, continued, best),
+        ("Medianstop", *random_search(trainings, trials, epochs, seed, median)),
+        (JUDGED, *random_search(trainings, trials, epochs, seed, halving)),
+        ("Hyperband, continuing", continued, best),
         ("Hyperband, from scratch", scratch, best),
     ]
     return [

@@ -12,7 +12,7 @@ from nni_tools import REPOSITORY, Experiment, experiment, read_config
 TRIALS = 4
 EXAMPLES = sorted(REPOSITORY.glob("examples/tuners/*.yml"))
 # One of each kind: an engine of its own, an advisor, checkpoints from trial to trial, an assessor.
-IN_CI = ("smac", "bohb", "pbt", "medianstop")
+IN_CI = ("smac", "bohb", "pbt", "halving")
 # So few trials that a model would never be asked otherwise.
 STARTUP = ("cold_start_num", "startup_trials", "trials_per_update")
 # A trial without torch, so that many can run: every other kind of result that NNI can get wrong.

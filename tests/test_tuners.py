@@ -271,3 +271,39 @@ def test_no_order_of_events_ends_a_tuner(name: str, space: Any, events: Any) -> 
             tuner.receive_trial_result(number, {}, value)
         else:
             tuner.trial_end(number, bool(value))
+
+
+def test_halving_keeps_the_best_third_of_a_rung() -> None:
+    """Compared at equal epochs, ended trials too; nobody is judged between rungs or before three came."""
+    from halving_assessor import Halving
+    from nni.assessor import AssessResult
+
+    assessor = Halving(first=2, eta=3)
+
+    def goes_on(trial: str, *values: float) -> bool:
+        history = [{"default": value, "loss": 1.0} for value in values]
+        return assessor.assess_trial(trial, history) is AssessResult.Good
+
+    assert goes_on("a", 50) and goes_on("a", 50, 60) and goes_on("a", 50, 60, 10)
+    assert goes_on("b", 1, 2), "two cannot be divided into thirds"
+    assert not goes_on("c", 58, 59)
+    assert goes_on("d", 70, 0), "its best so far counts"
+    assert goes_on("e", 70, 1), "equal to the last that goes on"
+    assert not goes_on("f", 60, 65, 99), "two epochs that NNI tells at once: at the rung it had 65"
+    # The next rung: only those that came so far.
+    assert goes_on("a", 50, 60, 10, 10, 10, 10) and goes_on("d", 70, 0, 0, 0, 0, 71)
+    assert not goes_on("e", 70, 1, 1, 1, 1, 70)
+
+    assessor = Halving("minimize", first=1, eta=2)
+    assert [assessor.assess_trial(name, [value]).value for name, value in zip("abc", (3, 2, 4), strict=True)] == [True, True, False]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"optimize_mode": "best"}, "best"), ({"first": 0}, "first"), ({"eta": 1}, "eta")],
+)
+def test_halving_refuses(arguments: dict[str, Any], message: str) -> None:
+    from halving_assessor import Halving
+
+    with pytest.raises(ValueError, match=message):
+        Halving(**arguments)
