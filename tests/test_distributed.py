@@ -259,7 +259,9 @@ def test_nni_ends_all_ranks(
         running.nnictl("trial", "kill", running.id, "--trial_id", first)
         assert not psutil.wait_procs(started, timeout=10)[1]
         [status] = running.until(lambda: tell_status(running))
-        assert status == {"by torchrun": "FAILED", "by Python": "USER_CANCELED"}[handled]
+        # On a busy machine torchrun takes longer than the 5 s after which NNI kills it, and says so.
+        also = {"by torchrun": "FAILED", "by Python": "USER_CANCELED"}[handled]
+        assert status in ("USER_CANCELED", also)
         assert len(running.finals(first)) == 1
         [_, second] = running.until(lambda: training(2))
         running.stop()  # and nothing of the experiment is left

@@ -213,9 +213,10 @@ def test_logs_and_every_metric_can_be_seen(running: Experiment, page: Any) -> No
         dialog.wait_for(state="hidden")
 
 
-def kill(page: Any, number: int) -> None:
-    page.get_by_role("button", name="Refresh", exact=True).click()
-    page.locator(".ms-DetailsRow").nth(number).locator("button[title=kill]").click()
+def kill(page: Any, running: Experiment, trial: dict[str, Any]) -> None:
+    page.goto(f"{running.url}/detail")
+    row = page.locator(".ms-DetailsRow", has_text=trial["trialJobId"])
+    row.locator("button[title=kill]").click()
     page.get_by_role("button", name="Yes").click()
     page.get_by_role("button", name="Close").click()
 
@@ -240,11 +241,11 @@ def test_buttons_change_a_running_search(
         page.get_by_role("button", name="Submit").click()
         page.get_by_role("button", name="Confirm").click()  # it is outside of the search space
         page.get_by_role("button", name="OK").click()
-        kill(page, 0)
+        kill(page, running, first)
         assert_whole(running, first["trialJobId"])
         *_, own = training(running, 2)
         args = yaml.safe_load((running.output(own["trialJobId"]) / "args.yaml").read_text())
         assert args["lr"] == own["shown"]["parameters"]["lr"] == 0.0123
-        kill(page, 2)
+        kill(page, running, own)
         assert_whole(running, own["trialJobId"])
         training(running, 2)  # the tuner, told of it, has gone on
