@@ -107,7 +107,7 @@ def main_worker(
     Of several processes all compute the same, and rank 0 alone writes, logs and reports. The run's
     folder is its own `until_end`.
     """
-    args, device, output, data, state, of_another_trial = setup_vit.set_up(args, trial, until_end)
+    args, device, output, data, state = setup_vit.set_up(args, trial, until_end)
     leads = distributed_vit.rank() == 0
     parameters = setup_vit.saved_parameters(args)
     if leads:
@@ -131,9 +131,14 @@ def main_worker(
     whole_epochs = state.validated // steps_per_epoch * steps_per_epoch
     if leads:
         recorder = report_vit.Recorder(output, whole_epochs if unfinished else state.step)
-        if trial and of_another_trial:  # whose first epochs NNI does not know as this one's
-            for line in recorder.lines:
-                trial.report(line["epoch"], nni_metrics(line, args.metric))
+        # NNI's page stays empty where a curve has a hole. One of PBT starts within a training; what came
+        # from another trial, or was reported while NNI ended, is not there yet.
+        under_way = (state.step - bool(state.outputs)) // steps_per_epoch
+        first_epoch = recorder.lines[0]["epoch"] if recorder.lines else under_way + 1
+        told = trial.told() if trial else set()
+        for line in recorder.lines if trial else ():
+            if (number := line["epoch"] - first_epoch + 1) not in told:
+                trial.report(number, nni_metrics(line, args.metric))
         identity = {"args": parameters, "classes": data.classes, "train_images": len(data.train)}
         saver = utils_vit.Saver(output, identity, args.checkpoint_steps, args.checkpoint_minutes)
     signals = StopSignals()
@@ -175,7 +180,8 @@ def main_worker(
                 log.info(f"GPU memory was short: batches are now taken in {state.pieces} pieces")
             log.info(report_vit.epoch_text(line, last_epoch, is_best))
             if trial:
-                trial.report(line["epoch"], nni_metrics(line, args.metric))
+                number = line["epoch"] - first_epoch + 1
+                trial.report(number, nni_metrics(line, args.metric))
         results = results_of(state, data, args, device, check_signals, output)
     except Stopped as stopped:
         if leads and (state.step < total_steps or state.validated < state.step):

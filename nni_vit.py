@@ -70,6 +70,11 @@ class Trial:
             self._nni.overwrite_intermediate_seq(epoch - 1)
             self._send(self._nni.report_intermediate_result, metrics)
 
+    def told(self) -> set[int]:
+        """The epochs (from 1) that NNI knows of this trial, those of earlier starts too."""
+        metrics = self._rest(f"metric-data/{self.id}?type=PERIODICAL")
+        return {metric["sequence"] + 1 for metric in metrics or ()}
+
     def finish(self, metrics: dict[str, float]) -> bool:
         """Reports the final result, once over all starts of the trial; whether it went out now."""
         metrics = finite(metrics)

@@ -26,17 +26,13 @@ from utils_vit import CheckpointError, TrainingState
 
 def set_up(
     args: argparse.Namespace, trial: nni_vit.Trial | None, until_end: ExitStack
-) -> tuple[argparse.Namespace, torch.device, Path, data_vit.Data, TrainingState, bool]:
-    """All that training needs, and whether it goes on from the checkpoint of another trial.
-
-    The parameters come back complete, and the same on all ranks.
-    """
+) -> tuple[argparse.Namespace, torch.device, Path, data_vit.Data, TrainingState]:
+    """All that training needs; the parameters come back complete, and the same on all ranks."""
     device = choose_device(args, trial)
     args, output = distributed_vit.from_rank_0(
         lambda: (args, output_folder(args, trial, until_end))
     )
     data = distributed_vit.together(lambda: open_data(args))
-    own_checkpoint = args.resume
     args, notes = distributed_vit.from_rank_0(
         lambda: (args, budget_vit.continue_earlier(args, data, output))
     )
@@ -49,7 +45,7 @@ def set_up(
         notes += start_from(state, args.init_from, data.classes)
     # Whichever process was first on its machine has decoded the images, and says so.
     data.notes[:] = dict.fromkeys(itertools.chain(*distributed_vit.gather(data.notes + notes)))
-    return args, device, output, data, state, args.resume != own_checkpoint
+    return args, device, output, data, state
 
 
 def output_folder(

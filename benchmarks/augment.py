@@ -3,16 +3,9 @@
 python benchmarks/augment.py [--threads N]
 
 Both start from the same uint8 tensors on the device that trains and end with float32 in [-1, 1];
-torchvision crops without antialiasing, its faster way. The time of torchvision over ours, one thread of
-an AMD EPYC, torch 2.15, on a machine loaded with other work, medians of 5 and of 7 in two sessions (so
-only roughly):
-
-    images              crop, flip   and affine   color      RandAugment   all but mixing
-    32 of 224 x 224     0.8, 0.4     1.7, 1.6     1.3, 2.0   0.7, 0.7      1.0, 0.8
-    128 of 32 x 32      9.8, 11.3    29, 21       52, 36     9.9, 7.6      19, 14
-
-On the CPU, then, the batch pays for small images; for large ones torchvision's uint8 crop and RandAugment
-are faster. What they lack there is a draw that follows from the sample. A GPU has not been measured.
+torchvision crops without antialiasing, its faster way.
+On the CPU (results.md) the batch is 8 to 29 times as fast for small images; for large ones both are about
+even, and what torchvision lacks there is a draw that follows from the sample. No GPU was measured.
 """
 
 import statistics

@@ -174,6 +174,8 @@ def test_pbt_goes_on_from_checkpoints(images: Path) -> None:
             left = Path(parameters["save_checkpoint_dir"]) / "checkpoint.pth.tar"
             state = utils_vit.load_checkpoint(left)
             assert state["args"]["stop_epoch"] == 2 * (step + 1)
+            curve = running.get(f"metric-data/{trial['trialJobId']}?type=PERIODICAL")
+            assert [metric["sequence"] for metric in curve] == [0, 1]  # the page crashes else
             assert state["args"]["lr"] == parameters["lr"]
             assert {group["lr"] for group in state["optimizer"]["param_groups"]} == {
                 parameters["lr"]

@@ -18,7 +18,6 @@ from nni_tools import NNICTL, REPOSITORY, Experiment, experiment, free_port, rea
 import data_vit
 import utils_vit
 
-pytestmark = pytest.mark.long
 TINY = (
     "--image-size 8 --channel 1 --patch-size 4 --vt-dim 16 --vt-depth 1 --vt-heads 2 --mlp-dim 16"
 )
@@ -81,6 +80,7 @@ def trial_processes(running: Experiment) -> list[str]:
     return trials
 
 
+@pytest.mark.slow
 def test_nnictl_changes_a_running_search(tmp_path: Path, make_images: Callable[..., Path]) -> None:
     """`nnictl update` of everything, `trial kill`, `stop`, `view`, `resume`, in this order."""
     with endless(tmp_path, make_images) as running:
@@ -123,10 +123,15 @@ def change_by_nnictl(running: Experiment, tmp_path: Path) -> None:
         while f"resumed after step {step}" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
+        # What was reported while NNI ended is reported again: its page cannot show a curve with a hole.
+        curve = running.get(f"metric-data/{trial_id}?type=PERIODICAL")
+        assert sorted(metric["sequence"] for metric in curve) == list(range(len(curve)))
+        assert "manager is out of reach" in log.read_text(), "nothing was lost: nothing was shown"
     profile = running.get("experiment")["params"]
     assert profile["maxTrialNumber"] == 4 and profile["trialConcurrency"] == 2
 
 
+@pytest.mark.long
 def test_a_search_from_python(tmp_path: Path) -> None:
     """examples/experiment.py with two small trials: prints the best and leaves nothing running."""
     images = data_vit.make_digits(tmp_path / "digits")
