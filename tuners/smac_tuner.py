@@ -105,13 +105,15 @@ class Smac(Remembering):
             self._facade.tell(info, self._result(loss), save=False)
 
     def _result(self, loss: float | None) -> Any:
-        """A TrialValue; a failure is a crash that costs as much as the worst result."""
+        """A TrialValue; a failure is a crash, as far behind the worst result as that is behind the best."""
         from smac.runhistory import StatusType, TrialValue
 
         if loss is not None:
             return TrialValue(cost=loss)
-        worst = max((known for _, known in self._history if known is not None), default=0.0)
-        return TrialValue(cost=worst, status=StatusType.CRASHED)
+        # Equal to the worst, a failure would look no worse than the only result there is.
+        losses = [known for _, known in self._history if known is not None] or [0.0]
+        cost = max(losses) + (max(losses) - min(losses) or 1.0)
+        return TrialValue(cost=cost, status=StatusType.CRASHED)
 
     # --- SMAC's side ----------------------------------------------------------------------------
 
