@@ -172,7 +172,7 @@ def test_smac_is_told_failures_as_crashes() -> None:
 
     space = {"width": spec("choice", 1, 2), "dropout": spec("uniform", 0, 1)}
     later = []
-    for seed in (1, 2, 3):  # SMAC does not repeat itself to the last suggestion
+    for seed in (1, 2, 3, 4):  # SMAC does not repeat itself to the last suggestion
         tuner, widths = make("smac_tuner.Smac", space, seed=seed), []
         for number in range(25):
             parameters = tuner.generate_parameters(number)
@@ -184,7 +184,7 @@ def test_smac_is_told_failures_as_crashes() -> None:
         crashed = [trial for trial in trials if trial.status == StatusType.CRASHED]
         assert len(crashed) == widths.count(2) > 0
         later += widths[10:]
-    assert later.count(1) >= 30, later  # of 45, where chance has 22 +- 3
+    assert later.count(1) >= 34, later  # of 60, where chance has 30; 42 or so were seen
 
 
 def test_nobody_waits_for_smac_at_the_start() -> None:
