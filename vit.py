@@ -23,8 +23,8 @@ class PreNorm(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.fn = fn
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fn(self.norm(x))
+    def forward(self, x: Tensor, *args: int) -> Tensor:
+        return self.fn(self.norm(x), *args)
 
 
 class FeedForward(nn.Module):
@@ -45,7 +45,11 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (batch, tokens, dim) -> the same; `dropout` on weights and output."""
+    """Multi-head self-attention: (batch, tokens, dim) -> (batch, queries, dim).
+
+    `queries` says how many of the first tokens ask, all by default; every token is asked. `dropout` is
+    on weights and output.
+    """
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, dropout: float = 0.0, qkv_bias: bool = False
@@ -60,26 +64,42 @@ class Attention(nn.Module):
         self.to_out = nn.Identity() if one_full_head else nn.Linear(inner_dim, dim)
         self.out_dropout = nn.Dropout(0.0 if one_full_head else dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        # (batch, tokens, 3 * heads * dim_head) -> (3, batch, heads, tokens, dim_head)
-        qkv = self.to_qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = attend(*qkv.unbind(0), self.dropout if self.training else 0.0)
-        out = out.transpose(1, 2).reshape(batch, tokens, -1)  # (batch, tokens, heads * dim_head)
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        if queries is None:
+            query, key, value = self.to_qkv(x).chunk(3, dim=-1)
+        else:
+            parts = self.to_qkv.weight.tensor_split((len(self.to_qkv.weight) // 3,))
+            biases = self.to_qkv.bias
+            query_bias, other_bias = (
+                (None, None) if biases is None else biases.tensor_split((len(biases) // 3,))
+            )
+            query = F.linear(x[:, :queries], parts[0], query_bias)
+            key, value = F.linear(x, parts[1], other_bias).chunk(2, dim=-1)
+        # (batch, tokens, heads * dim_head) -> (batch, heads, tokens, dim_head)
+        heads = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        out = attend(*heads, self.dropout if self.training else 0.0)
+        out = out.transpose(1, 2).flatten(2)  # (batch, queries, heads * dim_head)
         return self.out_dropout(self.to_out(out))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """softmax(query key^T / sqrt(dim_head)) value; all (batch, heads, tokens, dim_head)."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # Here torch's fused kernel makes a whole step 1.5 to 3 times slower than these three lines.
-        weights = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-        return F.dropout(weights.softmax(dim=-1), dropout) @ value
+        # Here torch's fused kernel makes a whole step 1.5 to 3 times slower than these lines.
+        batch, scale = query.shape[:2], query.shape[-1] ** -0.5
+        query, key, value = (t.flatten(0, 1) for t in (query, key, value))
+        none = query.new_zeros(1)
+        weights = torch.baddbmm(none, query, key.mT, beta=0, alpha=scale).softmax(dim=-1)
+        return torch.bmm(F.dropout(weights, dropout), value).unflatten(0, batch)
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
 
 
 class Transformer(nn.Module):
-    """`depth` blocks of attention and feed-forward with residuals, then a norm: (batch, tokens, dim)."""
+    """`depth` blocks of attention and feed-forward with residuals, then a norm.
+
+    (batch, tokens, dim) -> (batch, read, dim): `read` says how many of the first tokens are wanted, all
+    by default. Of the last block no others are computed.
+    """
 
     def __init__(
         self,
@@ -104,9 +124,11 @@ class Transformer(nn.Module):
             )
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for attention, feed_forward in self.layers:
-            x = x + attention(x)
+    def forward(self, x: Tensor, read: int | None = None) -> Tensor:
+        last = len(self.layers) - 1
+        for i, (attention, feed_forward) in enumerate(self.layers):
+            queries = read if i == last else None
+            x = x[:, :queries] + attention(x, queries)
             x = x + feed_forward(x)
         return self.norm(x)
 
@@ -167,12 +189,25 @@ class ViT(nn.Module):
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patches(images))))
-        cls_token = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat((cls_token, x), dim=1)  # (batch, tokens, dim)
-        x = self.transformer(self.dropout(x + self.pos_embedding))
-        x = x[:, 0] if self.pool == "cls" else x.mean(dim=1)  # (batch, dim)
-        return self.head(x)
+        if torch.is_autocast_enabled(images.device.type):  # to a quarter of a grey level or less
+            images = images.to(torch.get_autocast_dtype(images.device.type))
+        embedded = self.embedding_norm(self.embed(self.patches(images)))
+        cls_token = self.cls_token.expand(len(images), -1, -1)
+        x = torch.cat((cls_token, embedded), dim=1) + self.pos_embedding  # (batch, tokens, dim)
+        x = self.dropout(x.to(embedded.dtype))
+        x = self.transformer(x, read=1 if self.pool == "cls" else None)
+        return self.head(x.mean(dim=1))  # of one token: of the class token alone
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """(batch, patches, patch_size * patch_size * channels) -> (batch, patches, dim)."""
+        norm, linear = self.patch_norm, self.patch_embedding
+        if isinstance(norm, nn.Identity):
+            return linear(patches)
+        # The norm's scale and shift go into the weights, which are smaller than the patches: these
+        # need no gradient then.
+        patches = F.layer_norm(patches, norm.normalized_shape, eps=norm.eps)
+        shift = (linear.weight * norm.bias).sum(dim=1)
+        return F.linear(patches, linear.weight * norm.weight, linear.bias + shift)
 
     def patches(self, images: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, patches, patch_size * patch_size * channels)."""

@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="compare.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", type=image_folder, required=True, metavar="DIR", help="with train/ and test/")
-    add("--images", type=int, default=320, help="of training; 5216 are all of the chest X-rays (default: %(default)s)")
+    add("--images", type=int, default=960, help="of training; 5216 are all of the chest X-rays (default: %(default)s)")
     add("--epochs", type=int, default=2, help="the original has 5 (default: %(default)s)")
     add("--repeats", type=int, default=3, help="(default: %(default)s)")
     add("--threads", type=int, help="of every way (default: torch's)")
