@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -257,3 +258,36 @@ def test_deterministic_is_set_before_cuda_starts(monkeypatch: pytest.MonkeyPatch
             assert not torch.cuda.is_initialized()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# --- memory -------------------------------------------------------------------------------------------
+
+FAULTS = """
+import resource, sys
+import torch, setup_vit
+if sys.argv[1] == "kept":
+    setup_vit.keep_freed_memory()
+def step():
+    tensors = [torch.ones(10_000_000) for _ in range(3)]
+    del tensors
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_memory_is_kept_from_step_to_step() -> None:
+    faults = {
+        way: int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, way],
+                cwd=Path(setup_vit.__file__).parent, capture_output=True, text=True, check=True,
+            ).stdout
+        )
+        for way in ("kept", "returned")
+    }  # fmt: skip
+    if platform.libc_ver()[0] == "glibc":
+        assert faults["kept"] < 1000 < faults["returned"], faults

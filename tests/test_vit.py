@@ -78,7 +78,16 @@ def test_equals_vit_pytorch(pool: str, changes: dict[str, int]) -> None:
     fill(reference, seed=0)
     model.load_state_dict(from_vit_pytorch(reference.state_dict()))
     images = torch.randn(5, arguments["channels"], *2 * [arguments["image_size"]])
-    torch.testing.assert_close(model(images), reference(images), rtol=2e-5, atol=2e-5)
+    logits, expected = model(images), reference(images)
+    torch.testing.assert_close(logits, expected, rtol=2e-5, atol=2e-5)
+    logits.square().sum().backward()
+    expected.square().sum().backward()
+    gradients = from_vit_pytorch({n: p.grad for n, p in reference.named_parameters()})
+    largest = max(gradient.abs().max() for gradient in gradients.values() if gradient.numel())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=1e-4, atol=float(1e-5 * largest), msg=name
+        )
     assert sum(p.numel() for p in model.parameters()) == sum(
         p.numel() for p in reference.parameters()
     )
@@ -132,6 +141,18 @@ def test_attention_in_bfloat16_on_the_cpu(shape: tuple[int, ...]) -> None:
     expected = attend(query.float(), key.float(), value.float(), 0.0)
     # bfloat16 has 8 significant bits; the weights add up to 1 and values are about 3 at most.
     torch.testing.assert_close(attend(query, key, value, 0.0).float(), expected, rtol=0, atol=0.03)
+
+
+def test_the_last_block_computes_what_is_read() -> None:
+    model = ViT(**SMALL)
+    seen = []
+    for attention, feed_forward in model.transformer.layers:
+        attention.fn.to_out.register_forward_hook(
+            lambda _, inputs, __: seen.append(inputs[0].shape)
+        )
+        feed_forward.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    model(torch.randn(5, 3, 16, 16))
+    assert [shape[1] for shape in seen] == [17, 17, 1, 1]
 
 
 def test_autocast_agrees_with_float32() -> None:
