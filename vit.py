@@ -68,13 +68,11 @@ class Attention(nn.Module):
         if queries is None:
             query, key, value = self.to_qkv(x).chunk(3, dim=-1)
         else:
-            parts = self.to_qkv.weight.tensor_split((len(self.to_qkv.weight) // 3,))
-            biases = self.to_qkv.bias
-            query_bias, other_bias = (
-                (None, None) if biases is None else biases.tensor_split((len(biases) // 3,))
-            )
-            query = F.linear(x[:, :queries], parts[0], query_bias)
-            key, value = F.linear(x, parts[1], other_bias).chunk(2, dim=-1)
+            weight, bias = self.to_qkv.weight, self.to_qkv.bias
+            own, other = slice(len(weight) // 3), slice(len(weight) // 3, None)
+            query = F.linear(x[:, :queries], weight[own], bias if bias is None else bias[own])
+            rest = F.linear(x, weight[other], bias if bias is None else bias[other])
+            key, value = rest.chunk(2, dim=-1)
         # (batch, tokens, heads * dim_head) -> (batch, heads, tokens, dim_head)
         heads = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         out = attend(*heads, self.dropout if self.training else 0.0)
