@@ -131,14 +131,11 @@ def main_worker(
     whole_epochs = state.validated // steps_per_epoch * steps_per_epoch
     if leads:
         recorder = report_vit.Recorder(output, whole_epochs if unfinished else state.step)
-        # NNI's page stays empty where a curve has a hole. One of PBT starts within a training; what came
-        # from another trial, or was reported while NNI ended, is not there yet.
-        under_way = (state.step - bool(state.outputs)) // steps_per_epoch
-        first_epoch = recorder.lines[0]["epoch"] if recorder.lines else under_way + 1
-        told = trial.told() if trial else set()
-        for line in recorder.lines if trial else ():
-            if (number := line["epoch"] - first_epoch + 1) not in told:
-                trial.report(number, nni_metrics(line, args.metric))
+        if trial:
+            # One of PBT starts within a training, with another trial's epochs or none.
+            under_way = (state.step - bool(state.outputs)) // steps_per_epoch + 1
+            lines = {line["epoch"]: nni_metrics(line, args.metric) for line in recorder.lines}
+            trial.begin_curve(under_way, lines)
         identity = {"args": parameters, "classes": data.classes, "train_images": len(data.train)}
         saver = utils_vit.Saver(output, identity, args.checkpoint_steps, args.checkpoint_minutes)
     signals = StopSignals()
@@ -180,8 +177,7 @@ def main_worker(
                 log.info(f"GPU memory was short: batches are now taken in {state.pieces} pieces")
             log.info(report_vit.epoch_text(line, last_epoch, is_best))
             if trial:
-                number = line["epoch"] - first_epoch + 1
-                trial.report(number, nni_metrics(line, args.metric))
+                trial.report(line["epoch"], nni_metrics(line, args.metric))
         results = results_of(state, data, args, device, check_signals, output)
     except Stopped as stopped:
         if leads and (state.step < total_steps or state.validated < state.step):

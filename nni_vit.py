@@ -29,6 +29,7 @@ class Trial:
         self.output_dir = Path(os.environ["NNI_OUTPUT_DIR"]) if self.inside else None
         self._record: dict[str, Any] = {"trial_id": self.id, "sequence_id": self.sequence_id}
         self._finished = False
+        self._first_epoch = 1
         if not self.inside:
             return
         end_with_parent()
@@ -62,18 +63,29 @@ class Trial:
         self._save(parameter_id=used["parameter_id"], parameters=parameters, received=received)
         return dict(parameters)
 
+    def begin_curve(self, under_way: int, earlier: dict[int, dict[str, float]]) -> None:
+        """Before the first `report`: tells NNI what it does not know of the epochs before the one under way.
+
+        `earlier` is {epoch: metrics} of this trial, from earlier starts or another trial's run. NNI's page
+        stays empty where a curve has a hole, at its beginning too: the curve begins with the first epoch.
+        """
+        self._first_epoch = min(earlier, default=under_way)
+        deadline = time.monotonic() + 30
+        told = self._told()
+        for epoch in sorted(earlier.keys() - (told or ())):
+            self.report(epoch, earlier[epoch])
+            # NNI answers before it has stored a result, and stores those of one moment in any order.
+            while told is not None and epoch not in told and time.monotonic() < deadline:
+                time.sleep(0.01)
+                told = self._told()
+
     def report(self, epoch: int, metrics: dict[str, float]) -> None:
         """Reports an epoch (from 1); metrics["default"] is what NNI plots and assesses."""
         metrics = finite(metrics)
         if self.inside:
             # A trial that was resumed goes on with its curve; NNI alone would start it again at 0.
-            self._nni.overwrite_intermediate_seq(epoch - 1)
+            self._nni.overwrite_intermediate_seq(epoch - self._first_epoch)
             self._send(self._nni.report_intermediate_result, metrics)
-
-    def told(self) -> set[int]:
-        """The epochs (from 1) that NNI knows of this trial, those of earlier starts too."""
-        metrics = self._rest(f"metric-data/{self.id}?type=PERIODICAL")
-        return {metric["sequence"] + 1 for metric in metrics or ()}
 
     def finish(self, metrics: dict[str, float]) -> bool:
         """Reports the final result, once over all starts of the trial; whether it went out now."""
@@ -111,6 +123,13 @@ class Trial:
         except (TypeError, KeyError):
             log.warning("NNI does not say how many trials share the cores; --threads does.")
             return 1
+
+    def _told(self) -> set[int] | None:
+        """The epochs that NNI has stored of this trial, those of earlier starts too; None if it cannot be asked."""
+        metrics = self._rest(f"metric-data/{self.id}?type=PERIODICAL")
+        if metrics is None:
+            return None
+        return {metric["sequence"] + self._first_epoch for metric in metrics}
 
     def _filed(self) -> dict[str, Any] | None:
         """The parameter record that the manager has filed under this trial's id."""

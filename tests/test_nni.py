@@ -111,6 +111,30 @@ trial.finish(best)
 
 
 @pytest.mark.slow
+def test_a_curve_told_at_once_never_shows_a_hole(tmp_path: Path) -> None:
+    """NNI stores the results of one moment in any order, and its page is empty where one is missing."""
+    trial = """
+from nni_vit import Trial
+
+trial = Trial()
+best = {"default": trial.ask()["a"]}
+trial.report(2, best)
+trial.begin_curve(401, {epoch: best for epoch in range(1, 401)})
+trial.finish(best)
+"""
+    with experiment(config(tmp_path, trial, maxTrialNumber=1), tmp_path) as running:
+        longest = 0
+        while running.get("check-status")["status"] != "DONE":
+            for one in running.trials():
+                curve = running.get(f"metric-data/{one['trialJobId']}?type=PERIODICAL")
+                epochs = sorted(metric["sequence"] for metric in curve)
+                if len(epochs) > 1:  # from then on the one that was there too early has its place
+                    assert epochs == list(range(len(epochs)))
+                    longest = len(epochs)
+        assert longest == 400
+
+
+@pytest.mark.slow
 def test_stop_and_resume_give_one_final_result(tmp_path: Path) -> None:
     """Trial 0 is stopped after its final result, trial 1 before, and reports into the void."""
     trial = """
