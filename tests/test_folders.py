@@ -270,7 +270,7 @@ if sys.argv[1] == "kept":
 def step():
     tensors = [torch.ones(10_000_000) for _ in range(3)]
     del tensors
-for _ in range(3):
+for _ in range(10):  # the heap finds its size
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
