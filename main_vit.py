@@ -133,7 +133,7 @@ def main_worker(
         recorder = report_vit.Recorder(output, whole_epochs if unfinished else state.step)
         if trial:
             # One of PBT starts within a training, with another trial's epochs or none.
-            under_way = (state.step - bool(state.outputs)) // steps_per_epoch + 1
+            under_way = state.epoch_under_way(steps_per_epoch) + 1
             lines = {line["epoch"]: nni_metrics(line, args.metric) for line in recorder.lines}
             trial.begin_curve(under_way, lines)
         identity = {"args": parameters, "classes": data.classes, "train_images": len(data.train)}
@@ -157,16 +157,11 @@ def main_worker(
 
     try:
         while state.step < total_steps or state.validated < state.step:
-            state.epoch = (state.step - bool(state.outputs)) // steps_per_epoch
             pieces = state.pieces
-            line = {"epoch": state.epoch + 1}
-            line |= train(state, data.train, args, device, total_steps, after_step)
-            metrics, _, _ = validate(state, data.val, args, device, check_signals)
-            line |= {f"val_{name}": value for name, value in metrics.items()}
-            best = state.best and state.best[f"val_{args.metric}"]
-            value = line[f"val_{args.metric}"]
-            is_best = best is None or report_vit.improves(args.metric, value, best)
-            state.complete_epoch(line, is_best, state.step % steps_per_epoch == 0)
+            state.epoch = state.epoch_under_way(steps_per_epoch)
+            line, is_best = one_epoch(
+                state, data, args, device, total_steps, after_step, check_signals
+            )
             if leads:
                 recorder.epoch(line)
                 if state.epoch == 0:
@@ -196,6 +191,31 @@ def main_worker(
         log.info(line)
     if trial:
         trial.finish(nni_metrics(state.best, args.metric))
+
+
+def one_epoch(
+    state: TrainingState,
+    data: data_vit.Data,
+    args: argparse.Namespace,
+    device: torch.device,
+    total_steps: int,
+    after_step: Callable[[], None],
+    after_batch: Callable[[], None],
+) -> tuple[dict[str, Any], bool]:
+    """Train what is left of epoch number `state.epoch` (from 0) and validate; `state` then knows the best.
+
+    Returns the line of metrics.jsonl and whether the epoch is the best so far.
+    """
+    line: dict[str, Any] = {"epoch": state.epoch + 1}
+    line |= train(state, data.train, args, device, total_steps, after_step)
+    metrics, _, _ = validate(state, data.val, args, device, after_batch)
+    line |= {f"val_{name}": value for name, value in metrics.items()}
+    best = state.best and state.best[f"val_{args.metric}"]
+    value = line[f"val_{args.metric}"]
+    is_best = best is None or report_vit.improves(args.metric, value, best)
+    is_whole = state.step % math.ceil(len(data.train) / args.batch_size) == 0
+    state.complete_epoch(line, is_best, is_whole)
+    return line, is_best
 
 
 def train(

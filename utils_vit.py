@@ -179,6 +179,10 @@ class TrainingState:
         # Of each step of the epoch under way: loss, logits (batch, classes), targets (batch,).
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
 
+    def epoch_under_way(self, steps_per_epoch: int) -> int:
+        """Number (from 0) of the epoch to go on with: the one whose outputs are there, else the next."""
+        return (self.step - bool(self.outputs)) // steps_per_epoch
+
     def complete_epoch(self, line: dict[str, Any], is_best: bool, is_whole: bool) -> None:
         """Note that the epoch was validated with the metrics `line`; a whole one leaves no outputs."""
         if is_best:
