@@ -110,9 +110,8 @@ def change_by_nnictl(running: Experiment, tmp_path: Path) -> None:
     steps, epochs = {}, {}
     for trial in before:
         output = running.output(trial["trialJobId"])
-        steps[trial["trialJobId"]] = utils_vit.load_checkpoint(output / "checkpoint.pth.tar")[
-            "step"
-        ]
+        saved = utils_vit.load_checkpoint(output / "checkpoint.pth.tar")
+        steps[trial["trialJobId"]] = saved["step"]
         epochs[trial["trialJobId"]] = (output / "metrics.jsonl").read_text().count("\n")
     place = ["--port", str(running.port), "--experiment_dir", str(running.folder / "exp")]
     running.nnictl("view", running.id, *place)
