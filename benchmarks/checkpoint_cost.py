@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from harness import Parser, table
+from limits import CONFIGURATIONS
 from timed import hardware
 
 import main_vit
@@ -26,8 +27,8 @@ from config_vit import resolve
 # Name: parameters, and the steps that are measured, each followed by a checkpoint.
 MODELS = {
     "digits, found by the search": ("-s 16 -p 8 -ch 1 -vd 48 -d 3 -vh 4 -mlpd 128", 40),
-    "chest X-rays, the original": ("-s 300 -pn 10 -vd 256 -d 6 -vh 8 -mlpd 500 -b 16", 20),
-    "ViT-S/16 at 224": ("-s 224 -p 16 -vd 384 -d 12 -vh 6 -mlpd 1536 -b 16", 12),
+    "the original": (CONFIGURATIONS["the original"], 20),
+    "ViT-S/16 at 224": (CONFIGURATIONS["ViT-S/16 at 224"], 12),
 }
 HEAD = (
     *("model", "parameters", "n", "step, ms", "checkpoint, ms", "disk", "file, MB"),
