@@ -18,6 +18,8 @@ import distributed_vit
 from config_vit import differences, saved_parameters
 from data_vit import Data
 from utils_vit import (
+    BEST,
+    LAST,
     CheckpointError,
     TrainingState,
     link_or_copy,
@@ -29,9 +31,9 @@ from utils_vit import (
 # What may be another in the next share of a training of PBT; the sizes of the model may not.
 PBT_MAY_CHANGE = {
     *("lr", "momentum", "weight_decay", "label_smoothing", "clip_grad", "dropout", "emb_dropout"),
-    *("batch_size", "flip", "affine", "gamma", "seed"),
+    *("batch_size", "gamma", "flip", "affine", "crop", "color", "randaugment", "erase"),
+    *("mixup", "cutmix"),
 }
-LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 
 
 def continue_earlier(args: argparse.Namespace, data: Data, output: Path) -> list[str]:
@@ -112,6 +114,13 @@ def continue_member(state: TrainingState, args: argparse.Namespace, data: Data) 
         return [f"{file} does not exist: from the first epoch on"]
     if saved["classes"] != data.classes:
         raise CheckpointError(f"checkpoint {file} is of other classes than the data")
+    if changes := differences(
+        *(
+            {name: p[name] for name in p.keys() - PBT_MAY_CHANGE - {"load_checkpoint_dir"}}
+            for p in (saved["args"], saved_parameters(args))
+        )
+    ):
+        raise CheckpointError(f"checkpoint {file} is of other parameters: {changes}")
     own = [{k: v for k, v in g.items() if k != "params"} for g in state.optimizer.param_groups]
     state.load_state_dict(saved)
     for group, values in zip(state.optimizer.param_groups, own, strict=True):

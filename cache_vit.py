@@ -25,6 +25,7 @@ from images_vit import (
     DataError,
     DecodedImages,
     ImageFolder,
+    ImageLost,
     Pixels,
     decode_again,
     decode_all,
@@ -78,7 +79,7 @@ class CachedPixels(Pixels):
         if row in self.broken:
             image[:] = 0
         elif size_time_problem(str(path)) != (*self.stats[row], ""):
-            raise DataError(
+            raise ImageLost(
                 f"the cache {self.file} is damaged at {path}, which has changed since it was decoded: "
                 "start again"
             )

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 import utils_vit
@@ -159,6 +158,8 @@ def what_still_holds(file: dict[str, Any], given: dict[str, Any]) -> dict[str, A
         void |= patch
     elif "image_size" in given and patch <= file.keys():
         void.add("patch_num")
+    if "download_dir" in given:
+        void.add("num_classes")
     if "arch" in given:
         void |= ARCH_DEFAULTS.keys() - arch_arguments(given["arch"])
     return {name: value for name, value in file.items() if name not in void}
@@ -260,9 +261,9 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
             whole_heads = max(1, args.vt_dim // args.vt_heads)
             setattr(args, name, whole_heads if name == "dim_head" else value)
 
-    if args.gpu is not None and args.gpu >= torch.cuda.device_count():
+    if args.gpu is not None and args.gpu >= (gpus := utils_vit.usable_gpus()):
         raise UsageError(
-            f"--gpu {args.gpu}: torch sees {torch.cuda.device_count()} CUDA devices here; "
+            f"--gpu {args.gpu}: torch sees {gpus} CUDA devices here; "
             "leave --gpu out to use what there is"
         )
     for name in (

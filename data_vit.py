@@ -154,8 +154,8 @@ def open_data(
     classes = folders["train"].classes
 
     notes, splits, broken = [], {}, []
+    limit = None if cache_limit is None else cache_limit * 1e9
     for name, images in folders.items():
-        limit = None if cache_limit is None else cache_limit * 1e9
         decoded = decode_folder(images, image_size, channels, cache_dir, workers, cache, limit)
         keep = np.delete(np.arange(len(images.names)), list(decoded.broken))
         splits[name] = Split(decoded.pixels, images.targets, keep)
@@ -220,7 +220,10 @@ def keep_on_device(data: Data, device: torch.device, free: int) -> Data:
     parts = {id(split.pixels): split.pixels for split in (data.train, data.val)}  # mostly the same
     if sum(pixels.nbytes for pixels in parts.values()) > free / 2:
         return data
-    resident = {key: Resident(pixels, device) for key, pixels in parts.items()}
+    try:
+        resident = {key: Resident(pixels, device) for key, pixels in parts.items()}
+    except torch.OutOfMemoryError:  # trials that start together count on the same free memory
+        return data
     train, val = (replace(s, pixels=resident[id(s.pixels)]) for s in (data.train, data.val))
     return replace(data, train=train, val=val)
 

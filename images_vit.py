@@ -38,6 +38,10 @@ class DataError(ValueError):
         super().__init__(printable(text))
 
 
+class ImageLost(DataError):
+    """An image that was there at the start of training; of several processes this one alone may know it."""
+
+
 def printable(text: str) -> str:
     """One line for a log or terminal: file names may hold line feeds, escape codes or any bytes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -263,11 +267,11 @@ def decode_all(
 
 
 def decode_again(path: Path, image: np.ndarray) -> None:
-    """Fill `image` (channels, size, size). Raises DataError; at the start the file could be decoded."""
+    """Fill `image` (channels, size, size). Raises ImageLost; at the start the file could be decoded."""
     try:
         image[:] = _decode(path, image.shape[1], image.shape[0])
     except ValueError as error:
-        raise DataError(f"{path} cannot be decoded any more: {error}; repair it") from None
+        raise ImageLost(f"{path} cannot be decoded any more: {error}; repair it") from None
 
 
 class Pixels:

@@ -34,7 +34,7 @@ import step_vit
 import utils_vit
 from config_vit import UsageError, resolve
 from distributed_vit import RankLost
-from images_vit import DataError
+from images_vit import DataError, ImageLost
 from options_vit import make_parser
 from utils_vit import CheckpointError, OutOfMemory, RunFailed, Stopped, StopSignals, TrainingState
 
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         distributed_vit.end()
         return 0
     except (UsageError, DataError, CheckpointError) as error:
-        complain(f"error: {UsageError(str(error))}")  # one line
+        alone = isinstance(error, ImageLost)
+        complain(f"error: {UsageError(str(error))}", alone)  # one line
         return 2
     except (RunFailed, RankLost) as error:
         text = f"{error}; what was saved before is whole"
@@ -120,9 +121,12 @@ def main_worker(
     total_steps = min(last_epoch * steps_per_epoch, args.max_steps or sys.maxsize)
     if trial:
         trial.link_tensorboard()
-    unfinished = state.step < total_steps or state.validated < state.step
+
+    def unfinished() -> bool:
+        return state.step < total_steps or state.validated < state.step
+
     finished = distributed_vit.from_rank_0(lambda: report_vit.has_results(output, state.step))
-    if finished and not unfinished:
+    if finished and not unfinished():
         log.info(f"this run is finished: {output}/results.json; --epochs makes it longer")
         if trial:
             trial.finish(nni_metrics(state.best, args.metric))
@@ -130,7 +134,7 @@ def main_worker(
     # Only whole epochs that a checkpoint knows of keep their line; any other will be run again.
     whole_epochs = state.validated // steps_per_epoch * steps_per_epoch
     if leads:
-        recorder = report_vit.Recorder(output, whole_epochs if unfinished else state.step)
+        recorder = report_vit.Recorder(output, whole_epochs if unfinished() else state.step)
         if trial:
             # One of PBT starts within a training, with another trial's epochs or none.
             under_way = state.epoch_under_way(steps_per_epoch) + 1
@@ -156,7 +160,7 @@ def main_worker(
             saver.save(state)
 
     try:
-        while state.step < total_steps or state.validated < state.step:
+        while unfinished():
             pieces = state.pieces
             state.epoch = state.epoch_under_way(steps_per_epoch)
             line, is_best = one_epoch(
@@ -175,7 +179,7 @@ def main_worker(
                 trial.report(line["epoch"], nni_metrics(line, args.metric))
         results = results_of(state, data, args, device, check_signals, output)
     except Stopped as stopped:
-        if leads and (state.step < total_steps or state.validated < state.step):
+        if leads and unfinished():
             saver.save(state)  # else all is saved already
         log.info(
             f"stopped at step {state.step}; continue with --resume {output}/checkpoint.pth.tar"
@@ -336,14 +340,14 @@ def results_of(
     output: Path,
 ) -> dict[str, Any]:
     """What results.json holds: the best epoch and, read here and only here, the test images."""
-    best = output / "model_best.pth.tar"
+    best = output / utils_vit.BEST
     saved = distributed_vit.from_rank_0(lambda: utils_vit.load_checkpoint(best))
     state.selected_model.load_state_dict(utils_vit.selected_weights(saved))
     _, *outputs = validate(state, data.val, args, device, after_batch)
     test = None
     if data.test:
         metrics, probabilities, targets = validate(state, data.test, args, device, after_batch)
-        test = metrics | report_vit.test_report(probabilities, targets, data.classes)
+        test = metrics | report_vit.test_report(probabilities, targets, data.classes, after_batch)
     return {
         "metric": args.metric,
         "best_epoch": state.best["epoch"],
@@ -361,7 +365,7 @@ def results_of(
 
 def to_numpy(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities (images, classes) and targets (images,) from logits."""
-    return logits.double().softmax(dim=1).cpu().numpy(), targets.cpu().numpy()
+    return logits.cpu().double().softmax(dim=1).numpy(), targets.cpu().numpy()
 
 
 def nni_metrics(line: dict[str, Any], metric: str) -> dict[str, float]:

@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from utils_vit import replace_file
+
 log = logging.getLogger("vit.nni")
 
 
@@ -181,9 +183,7 @@ class Trial:
 
     def _save(self, **news: Any) -> None:
         self._record |= news
-        temporary = self.output_dir / "nni.json.tmp"
-        temporary.write_text(json.dumps(self._record, indent=2))
-        temporary.replace(self.output_dir / "nni.json")
+        replace_file(self.output_dir / "nni.json", json.dumps(self._record, indent=2).encode())
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:

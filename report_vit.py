@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,12 +54,15 @@ def confusion_matrix(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarr
 
 
 def test_report(
-    probabilities: np.ndarray, targets: np.ndarray, classes: list[str]
+    probabilities: np.ndarray,
+    targets: np.ndarray,
+    classes: list[str],
+    after_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The metrics of `measure` with 95 % intervals, recall per class and the confusion matrix.
 
     The interval of the accuracy is Wilson's; the others are percentiles of 200 bootstrap resamples
-    within each class.
+    within each class. Calls `after_round` between these, which can take long.
     """
     from scipy.stats import binomtest
 
@@ -76,6 +81,7 @@ def test_report(
         for name, values in resampled.items():
             if metrics[name] is not None:
                 values.append(metrics[name])
+        after_round()
     for name, values in resampled.items():
         report[f"{name}_95"] = np.percentile(values, [2.5, 97.5]).tolist() if values else None
 
@@ -169,6 +175,8 @@ class Recorder:
         self.lines.append(line)
         with open(self.file, "a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # the checkpoint that follows says that this line is there
         events = self._events(line["epoch"])
         for name, value in line.items():
             if value is not None and name not in ("epoch", "step"):
@@ -222,11 +230,9 @@ def draw_metrics(lines: list[dict[str, Any]], best_epoch: int, file: Path) -> No
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     epochs = [line["epoch"] for line in lines]
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for part in ("train", "val"):
+        for part, label in (("train", "training"), ("val", "validation")):
             values = [line[f"{part}_{name}"] for line in lines]
-            axes.plot(
-                epochs, values, marker=".", label={"train": "training", "val": "validation"}[part]
-            )
+            axes.plot(epochs, values, marker=".", label=label)
         axes.axvline(best_epoch, color="grey", linestyle=":", label=f"best epoch, {best_epoch}")
         axes.set(xlabel="epoch", ylabel=name + (" (%)" if name == "accuracy" else ""))
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -240,7 +246,7 @@ def draw_confusion_matrix(
     """Counts of (true class, predicted class), shaded by the share of the true class, as PNG."""
     from matplotlib.figure import Figure
 
-    side = max(3.5, 0.5 * len(classes) + 1.5)
+    side = min(max(3.5, 0.5 * len(classes) + 1.5), 30)  # inches
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -249,8 +255,9 @@ def draw_confusion_matrix(
         for (row, column), count in np.ndenumerate(matrix):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=color)
-    ticks = range(len(classes))
-    axes.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(ticks, classes)
+    if len(classes) <= 100:  # nor would the names
+        ticks = range(len(classes))
+        axes.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(ticks, classes)
     axes.set(xlabel="predicted", ylabel="true", title=title)
     figure.savefig(file, dpi=120)

@@ -43,7 +43,7 @@ def set_up(
     elif args.load_checkpoint_dir:
         notes += budget_vit.continue_member(state, args, data)
     elif args.init_from:
-        notes += start_from(state, args.init_from, data.classes)
+        notes += start_from(state, args, data.classes)
     # Whichever process was first on its machine has decoded the images, and says so.
     data.notes[:] = dict.fromkeys(itertools.chain(*distributed_vit.gather(data.notes + notes)))
     return args, device, output, data, state
@@ -81,7 +81,7 @@ def output_folder(
         raise UsageError(
             f"output folder {folder} cannot be written: {error.strerror}; give --model-dir another"
         ) from None
-    checkpoint = folder / "checkpoint.pth.tar"
+    checkpoint = folder / utils_vit.LAST
     if checkpoint.exists() and not args.resume:
         # `nnictl resume` starts trials in flight again, in the folder that holds their checkpoint.
         if not (trial or args.auto_resume):
@@ -91,6 +91,8 @@ def output_folder(
             )
         saved = utils_vit.load_newest(checkpoint)[0]["args"]
         args.num_classes = args.num_classes or saved["num_classes"]
+        if args.warmup_epochs == args.epochs / 10 and saved["epochs"] != args.epochs:
+            args.warmup_epochs = saved["warmup_epochs"]  # not given: a longer run keeps its own
         if changes := differences(saved, saved_parameters(args)):
             raise UsageError(f"{folder} holds a run with other parameters: {changes}")
         args.resume = checkpoint
@@ -108,7 +110,7 @@ def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torc
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)
-    gpus, ranks = torch.cuda.device_count(), distributed_vit.ranks()
+    gpus, ranks = utils_vit.usable_gpus(), distributed_vit.ranks()
     if ranks > 1 and args.gpu is not None:
         raise UsageError("--gpu is for one process; torchrun gives each of its processes a GPU")
     if ranks > 1 and 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
@@ -261,17 +263,20 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
             f"checkpoint {file} is of {saved['train_images']:,} training images, here are "
             f"{len(data.train):,}: --init-from starts a new run from its weights"
         )
-    if saved["best"] and not file.with_name("model_best.pth.tar").exists():
-        raise CheckpointError(
-            f"{file.parent} has no model_best.pth.tar, which the run goes on with"
-        )
+    if saved["best"] and not file.with_name(utils_vit.BEST).exists():
+        raise CheckpointError(f"{file.parent} has no {utils_vit.BEST}, which the run goes on with")
     return saved, note
 
 
-def start_from(state: TrainingState, file: Path, classes: list[str]) -> list[str]:
+def start_from(state: TrainingState, args: argparse.Namespace, classes: list[str]) -> list[str]:
     """--init-from: only the weights of a checkpoint; returns what the log should say of it."""
+    file = args.init_from
     saved = distributed_vit.from_rank_0(lambda: utils_vit.load_checkpoint(file))
     try:
+        for name in ("arch", "vt_heads", "dim_head"):  # weights of other heads have the same shapes
+            own, other = getattr(args, name), saved["args"].get(name)
+            if own != other:
+                raise ValueError(f"{name} is {own} here and {other} in the checkpoint")
         changes = vit.load_pretrained(
             state.model, utils_vit.selected_weights(saved), saved["classes"] == classes
         )

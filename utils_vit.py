@@ -21,16 +21,20 @@ from torch import Tensor, nn
 
 CHECKPOINT_FORMAT = 1
 SEAL_LENGTH = len("sha256:") + 64
-PREVIOUS = "previous.pth.tar"
+# In the folder of a run: the newest checkpoint, the one before it, and that of the best epoch.
+LAST, PREVIOUS, BEST = "checkpoint.pth.tar", "previous.pth.tar", "model_best.pth.tar"
+
+
+def usable_gpus() -> int:
+    """The number of CUDA devices; torch's own count has those, too, whose driver is too old for it."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, foreign or of another model; the text is one line."""
 
 
-def save_checkpoint(
-    state: dict[str, Any], is_best: bool, filename: str | Path = "checkpoint.pth.tar"
-) -> None:
+def save_checkpoint(state: dict[str, Any], is_best: bool, filename: str | Path = LAST) -> None:
     """Write `state` to `filename`, whole or not at all; the best also to `model_best.pth.tar` beside it.
 
     The checkpoint that was there before stays as `previous.pth.tar`. Raises OSError (disk full,
@@ -41,9 +45,9 @@ def save_checkpoint(
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = sealed(buffer)
-    # The best first: after a crash in between, the last one leads to this best once more.
+    # The best first: after a crash in between, the run goes on with it, see `load_newest`.
     if is_best:
-        replace_file(filename.with_name("model_best.pth.tar"), content)
+        replace_file(filename.with_name(BEST), content)
     if filename.exists():
         link_or_copy(filename, filename.with_name(PREVIOUS))
     replace_file(filename, content)
@@ -123,14 +127,27 @@ def load_checkpoint(filename: str | Path) -> dict[str, Any]:
 
 
 def load_newest(filename: Path) -> tuple[dict[str, Any], str | None]:
-    """A checkpoint, or if it is damaged the one before it and what to say of that. Raises CheckpointError."""
+    """The state to go on from at a checkpoint, and what to say if it is another's. Raises CheckpointError.
+
+    If it is damaged that is the one before it. Either way it is the best if that is of a later step,
+    else the best would be of an epoch that the run does not know of, and may not come to again.
+    """
+    note = None
     try:
-        return load_checkpoint(filename), None
+        state = load_checkpoint(filename)
     except CheckpointError as error:
-        previous = filename.parent / PREVIOUS
-        if not os.path.exists(previous):
+        if not os.path.exists(previous := filename.with_name(PREVIOUS)):
             raise
-        return load_checkpoint(previous), f"{error}: going on from {previous}"
+        state, note = load_checkpoint(previous), f"{error}: going on from {previous}"
+    file = filename.with_name(BEST)
+    with suppress(CheckpointError):  # missing, or damaged, and then a better one may replace it
+        best = load_checkpoint(file)
+        if best["step"] > state["step"]:
+            reason = (
+                note.partition(": going on")[0] if note else f"{filename} is of an earlier step"
+            )
+            return best, f"{reason}: going on from {file}"
+    return state, note
 
 
 def selected_weights(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -266,7 +283,7 @@ class Saver:
     def __init__(
         self, folder: Path, identity: dict[str, Any], steps: int | None, minutes: float | None
     ) -> None:
-        self.file = folder / "checkpoint.pth.tar"
+        self.file = folder / LAST
         self.identity = identity  # what a checkpoint says of its run beside the state
         self.steps, self.seconds = steps, minutes and minutes * 60
         self.saved_at = time.monotonic()

@@ -142,6 +142,9 @@ def test_members_of_a_population(train, tmp_path: Path) -> None:
     again = train("first", None, *first, "--auto-resume")
     assert again.status == 0 and "epoch   3" not in again.stdout
     assert train("third", None, "--epochs", 2, *second, "--vt-dim", 8).status == 2
+    # Another seed may hold out images that these weights were trained on.
+    result = train("fourth", None, "--epochs", 2, *second, "--seed", 7)
+    assert result.status == 2 and "other parameters: seed 0 -> 7" in result.stderr
 
 
 @pytest.mark.parametrize(

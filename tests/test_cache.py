@@ -256,6 +256,19 @@ def test_images_kept_on_a_device_are_read_once(device: str, folder: Path) -> Non
     assert sorted(reads) == data.train.indices.tolist()  # once each, and none of validation
 
 
+def test_images_that_another_trial_left_no_memory_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials that start together see the same memory free; they stay in the host's then."""
+    data = open_small(folder.parent)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(data_vit, "Resident", full)
+    assert keep_on_device(data, CPU, 10**9) is data
+
+
 @pytest.mark.parametrize(
     ("train", "val", "free", "kept"),
     [

@@ -387,6 +387,7 @@ def test_gpu_numbers(
     check, monkeypatch, tmp_path, gpus, number, service, option, errors, warnings, old: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     command = f"{COMMAND} {option}"
     if old:
         write_space(tmp_path)

@@ -323,6 +323,18 @@ def test_args_yaml_of_a_run_repeats_it(image_folder: Path, run_main, read_lines,
     assert read_lines(tmp_path / "a") == read_lines(tmp_path / "b")
 
 
+def test_args_yaml_of_a_run_on_other_images(
+    image_folder: Path, make_images, run_main, tmp_path: Path
+) -> None:
+    """How many classes there are follows from the folder."""
+    other = make_images(tmp_path / "other", ["cat", "dog", "eel"], 20)
+    argv = [*TINY, "--max-steps", 1, "--model-dir"]
+    assert run_main("--download-dir", image_folder, *argv, tmp_path / "a").status == 0
+    again = ["--config", tmp_path / "a" / "args.yaml", "--download-dir", other]
+    result = run_main(*again, "--model-dir", tmp_path / "b")
+    assert result.status == 0 and "3 classes" in result.stdout, result.stderr
+
+
 # --- errors: one line on stderr, exit status 2, before anything is written -----------------------
 
 
@@ -393,6 +405,16 @@ def test_errors_of_a_process(name: str, image_folder: Path, tmp_path: Path, run_
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU 0 here")
+def test_a_gpu_whose_driver_is_too_old_is_none(
+    image_folder: Path, run_main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch counts it all the same."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run_main("--download-dir", image_folder, *TINY, "--max-steps", 1)
+    assert result.status == 0 and "device  CPU" in result.stdout
+
+
 def test_gpu_0_without_cuda(image_folder: Path, run_main) -> None:
     result = run_main("--download-dir", image_folder, *TINY, "--gpu", 0, process=True)
     assert_one_line(result, "--gpu 0: torch sees 0 CUDA devices here; leave --gpu out")

@@ -104,6 +104,30 @@ def test_an_error_is_one_line_from_one_rank(environment: dict[str, str], tmp_pat
     assert done.returncode == 1 and "exitcode  : 2" in done.stderr
 
 
+@pytest.mark.slow
+def test_an_image_lost_in_training_is_named_by_the_rank_that_read_it(
+    environment: dict[str, str], image_folder: Path, tmp_path: Path
+) -> None:
+    """The other rank, which waits for its gradient, ends with it."""
+    options = "--image-size 8 --patch-size 4 --vt-dim 8 --vt-depth 1 --batch-size 2 --cache off"
+    folders = ["--download-dir", str(image_folder), "--model-dir", str(tmp_path / "run")]
+    command = [*TWO, MAIN, *options.split(), *folders, "--epochs", "10000"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipe) as process:
+        lost = image_folder / "train/cat/000.png"
+        for line in process.stdout:
+            if line.startswith("epoch   1/"):
+                lost.write_bytes(b"no image")
+                break
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.terminate()
+    said = [line for line in errors.splitlines() if line.startswith("main_vit.py:")]
+    assert process.returncode == 1
+    assert f"main_vit.py: error: {lost} cannot be decoded any more" in said[0], errors
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_parts_make_the_batch(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank gets its share of every batch, and nothing twice."""

@@ -110,9 +110,11 @@ def test_auto_resume(image_folder: Path, run_main: RunMain, read_lines, tmp_path
     assert differing(tmp_path / "whole", tmp_path / "part", read_lines) == []
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.*")}
     result = run_main(*folder, tmp_path / "part")
-    assert result.status == 0 and "this run is finished" in result.stdout
+    assert result.status == 0 and "--epochs makes it longer" in result.stdout
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.*")}
     assert {path.name for path in before if before[path] != after[path]} <= {"args.yaml"}
+    assert run_main(*folder, tmp_path / "whole", "--epochs", 4).status == 0  # as --resume would
+    assert len(read_lines(tmp_path / "whole")) == 4
 
 
 def test_killed_between_the_line_of_an_epoch_and_its_checkpoint(
@@ -128,6 +130,31 @@ def test_killed_between_the_line_of_an_epoch_and_its_checkpoint(
     assert (saved["step"], saved["validated"], len(read_lines(killed))) == (48, 32, 3)
     assert run_main("--resume", killed / "checkpoint.pth.tar").status == 0
     assert differing(tmp_path / "whole", killed, read_lines) == []
+
+
+@pytest.mark.parametrize("last", ["older", "damaged"])
+def test_killed_between_the_best_and_its_checkpoint(
+    last: str, image_folder: Path, run_main: RunMain, read_lines, tmp_path: Path
+) -> None:
+    """The run goes on with the best, so the saved model stays the one whose number is reported."""
+    argv = ["--download-dir", image_folder, *TINY, "--metric", "loss", "--model-dir"]
+    for name in ("whole", "killed"):  # a loss that falls: every epoch is the best
+        assert run_main(*argv, tmp_path / name).status == 0
+    killed = tmp_path / "killed"
+    best = load_checkpoint(killed / "model_best.pth.tar")
+    assert best["step"] == 48
+    (killed / "results.json").unlink()
+    if last == "older":
+        (killed / "previous.pth.tar").rename(killed / "checkpoint.pth.tar")
+    else:
+        (killed / "checkpoint.pth.tar").write_bytes(b"x")
+    # Rounded otherwise, the epoch need not come out as the best once more.
+    result = run_main("--resume", killed / "checkpoint.pth.tar", "--threads", 1)
+    assert result.status == 0, result.stderr
+    assert f"going on from {killed / 'model_best.pth.tar'}" in result.stdout
+    assert "epoch   3/3" not in result.stdout
+    ends = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "killed")]
+    assert ends[0] == ends[1] and len(read_lines(killed)) == 3
 
 
 # --- files that are wrong -----------------------------------------------------------------------------

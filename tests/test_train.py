@@ -28,6 +28,7 @@ from sklearn.metrics import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import report_vit
 import step_vit
 from images_vit import decode_image
 from utils_vit import TrainingState, load_checkpoint, selected_weights
@@ -205,6 +206,30 @@ def test_the_test_report(trained: Path, images: Path) -> None:
     assert test["images"] == n
     assert results["images"] == {"train": TRAIN * 3, "val": VAL * 3, "test": n}
     assert results["classes"] == CLASSES
+
+
+def test_a_stop_arrives_between_two_rounds_of_the_test_report() -> None:
+    """With many images and classes all of them take longer than NNI's patience."""
+    targets = np.arange(300) % 3
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(3), 300)
+    rounds = iter(range(5))
+    with pytest.raises(StopIteration):
+        report_vit.test_report(probabilities, targets, CLASSES, lambda: next(rounds))
+
+
+def test_pictures_of_many_classes(
+    make_images: Callable[..., Path], run_main: RunMain, tmp_path: Path
+) -> None:
+    """An inch or so for each of 230 classes would make a picture that Pillow takes for an attack."""
+    make_images(tmp_path / "train", ["cat"], 3)
+    for i in range(229):
+        shutil.copytree(tmp_path / "train" / "cat", tmp_path / "train" / f"cat{i:03d}")
+    shutil.copytree(tmp_path / "train", tmp_path / "test")
+    where = ("--download-dir", tmp_path, "--model-dir", tmp_path / "run")
+    result = run_main(*where, *options(TINY | {"epochs": 1}))
+    assert (result.status, result.stderr) == (0, "")
+    with Image.open(tmp_path / "run" / "confusion_matrix.png") as picture:
+        assert picture.width == 3600
 
 
 def test_ema_weights_are_the_selected_ones(trained: Path, images: Path) -> None:
@@ -701,7 +726,9 @@ def test_init_from_for_other_classes_and_image_size(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"vt_dim": 8}, {"vt_depth": 2}, {"pool": "mean"}, {"arch": "simple_vit"}], ids=str
+    "changes",
+    [{"vt_dim": 8}, {"vt_depth": 2}, {"pool": "mean"}, {"arch": "simple_vit"}, {"vt_heads": 4}],
+    ids=str,
 )
 def test_init_from_another_model_is_refused(
     changes: dict[str, Any], trained: Path, no_test: Path, run_main: RunMain, tmp_path: Path

@@ -11,13 +11,7 @@ from typing import Any
 import nni
 import numpy as np
 import requests
-from nni.algorithms.hpo.random_tuner import suggest
-from nni.common.hpo_utils import (
-    Deduplicator,
-    deformat_parameters,
-    format_parameters,
-    format_search_space,
-)
+from nni.common.hpo_utils import Deduplicator, format_parameters, format_search_space
 from nni.common.hpo_utils.formatting import ParameterSpec
 from nni.tuner import Tuner
 
@@ -255,11 +249,6 @@ def frozen(parameters: Any) -> Hashable:
     if isinstance(parameters, dict):
         return frozenset((name, frozen(value)) for name, value in parameters.items())
     return tuple(map(frozen, parameters)) if isinstance(parameters, list) else parameters
-
-
-def random_parameters(rng: np.random.Generator, specs: dict[Any, Any]) -> dict[str, Any]:
-    """One random sample of a search space, as NNI's Random tuner draws it."""
-    return deformat_parameters(suggest(rng, specs), specs)
 
 
 def end_when_idle(pause: float = 2.0) -> None:
