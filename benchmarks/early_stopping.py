@@ -205,7 +205,8 @@ def report(rows: list[Row]) -> None:
     # A seed that has spent all that it may and is not as good decides.
     share = statistics.median(shares) if reached == len(judged) else max(shares)
     what = "epochs without early stopping over those with it"
-    what += f" ({JUDGED}; as good in {reached} of {len(judged)})"
+    what += f" ({JUDGED}; as good in {reached} of {len(judged)}"
+    what += ")" if reached == len(judged) else "; the dearest seed's)"
     print(goals_table([(what, 2, 1 / share, len(judged))]))
 
 
