@@ -40,6 +40,7 @@ def run_script(name: str, *options: str, timeout: float = 60) -> subprocess.Comp
         ("run_all.py", ["--out", "absent"], "absent is not a folder"),
     ],
 )
+@pytest.mark.slow
 def test_bad_input_is_one_line(name: str, options: list[str], message: str) -> None:
     done = run_script(name, *options)
     assert done.returncode == 2

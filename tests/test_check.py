@@ -563,6 +563,7 @@ def test_old_keys_that_nni_drops_are_pointed_out(check, data, tmp_path) -> None:
     assert "maxTrialNums" in warning
 
 
+@pytest.mark.slow
 def test_nothing_of_nni_is_printed_and_nothing_is_written(tmp_path: Path, run_main) -> None:
     result = run_main("--check", REPOSITORY / "config.yml", process=True)
     assert (result.status, result.stderr) == (0, "")

@@ -132,7 +132,7 @@ def test_killed_between_the_line_of_an_epoch_and_its_checkpoint(
     assert differing(tmp_path / "whole", killed, read_lines) == []
 
 
-@pytest.mark.parametrize("last", ["older", "damaged"])
+@pytest.mark.parametrize("last", ["older", pytest.param("damaged", marks=pytest.mark.slow)])
 def test_killed_between_the_best_and_its_checkpoint(
     last: str, image_folder: Path, run_main: RunMain, read_lines, tmp_path: Path
 ) -> None:
@@ -219,7 +219,7 @@ def bomb() -> bytes:
     [
         (lambda: sealed_archive({"format": 1, "model": Malice()}), "damaged or was not written"),
         (lambda: sealed_archive({"format": 1, "model": nn.Linear(2, 2)}), "damaged or was not"),
-        (bomb, "damaged or was not written"),
+        pytest.param(bomb, "damaged or was not written", marks=pytest.mark.slow),
         (
             lambda: sealed_archive({"format": 1, "model": {"w": torch.zeros(1).expand(10**12)}}),
             "damaged or was not written",

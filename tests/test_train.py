@@ -217,6 +217,7 @@ def test_a_stop_arrives_between_two_rounds_of_the_test_report() -> None:
         report_vit.test_report(probabilities, targets, CLASSES, lambda: next(rounds))
 
 
+@pytest.mark.slow
 def test_pictures_of_many_classes(
     make_images: Callable[..., Path], run_main: RunMain, tmp_path: Path
 ) -> None:
@@ -554,13 +555,19 @@ def test_resume_of_a_finished_run_changes_nothing(
 @pytest.mark.parametrize(
     ("signum", "changes"),
     [
-        (signal.SIGINT, {"batch_size": 2, "epochs": 6}),
-        (signal.SIGTERM, {"batch_size": 2, "epochs": 6, "gamma": 0.9, "optimizer": "rmsprop"}),
+        pytest.param(signal.SIGINT, {"batch_size": 2, "epochs": 6}, marks=pytest.mark.slow),
+        pytest.param(
+            signal.SIGTERM,
+            {"batch_size": 2, "epochs": 6, "gamma": 0.9, "optimizer": "rmsprop"},
+            marks=pytest.mark.slow,
+        ),
         (
             signal.SIGINT,
             EVERY_AUGMENTATION | {"batch_size": 2, "epochs": 6, "precision": "bfloat16"},
         ),
-        (signal.SIGTERM, {"batch_size": 1000, "epochs": 30}),  # all steps of the epoch are done
+        pytest.param(  # all steps of the epoch are done
+            signal.SIGTERM, {"batch_size": 1000, "epochs": 30}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -589,6 +596,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert (whole / "results.json").read_text() == (tmp_path / "results.json").read_text()
 
 
+@pytest.mark.slow
 def test_stopped_while_testing(
     images: Path, start_main: Callable[..., Any], run_main: RunMain, tmp_path: Path
 ) -> None:

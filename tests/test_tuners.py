@@ -166,6 +166,7 @@ def test_it_learns(name: str) -> None:
     assert len(near) >= 5, suggested[-10:]
 
 
+@pytest.mark.slow
 def test_smac_is_told_failures_as_crashes() -> None:
     """A key whose one value always fails is left alone, and the runhistory says why."""
     from smac.runhistory import StatusType
