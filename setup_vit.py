@@ -44,6 +44,8 @@ def set_up(
         notes += budget_vit.continue_member(state, args, data)
     elif args.init_from:
         notes += start_from(state, args, data.classes)
+    if args.precision == "bfloat16" and not has_bfloat16(device):  # a run of another machine, say
+        notes.append("bfloat16 is slow here, without instructions for it: --precision float32")
     # Whichever process was first on its machine has decoded the images, and says so.
     data.notes[:] = dict.fromkeys(itertools.chain(*distributed_vit.gather(data.notes + notes)))
     return args, device, output, data, state
@@ -121,8 +123,6 @@ def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torc
     if gpus == 0:
         device = torch.device("cpu")
         keep_freed_memory()
-        capabilities = torch.cpu.get_capabilities()
-        fast_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     else:
         turn = nni_vit.trial_gpu(trial.sequence_id, gpus) if trial else 0
         if ranks > 1:
@@ -130,10 +130,17 @@ def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torc
             torch.cuda.set_device(turn)  # NCCL asks for it
         device = torch.device("cuda", turn if args.gpu is None else args.gpu)
         torch.cuda.set_device(device)
-        fast_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
     if args.precision == "auto":
-        args.precision = "bfloat16" if fast_bfloat16 else "float32"
+        args.precision = "bfloat16" if has_bfloat16(device) else "float32"
     return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16, without which a CPU is hundreds of times slower in it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def keep_freed_memory() -> None:

@@ -415,6 +415,20 @@ def test_a_gpu_whose_driver_is_too_old_is_none(
     assert result.status == 0 and "device  CPU" in result.stdout
 
 
+@pytest.mark.parametrize("has", [False, True])
+def test_bfloat16_without_instructions_for_it(
+    has: bool, image_folder: Path, run_main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was begun on another machine says why it crawls."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
+    argv = ["--download-dir", image_folder, *TINY, "--max-steps", 1]
+    result = run_main(*argv, "--precision", "bfloat16")
+    assert result.status == 0 and ("bfloat16 is slow here" in result.stdout) is not has
+    result = run_main(*argv)
+    assert ("bfloat16" if has else "float32") in result.stdout
+    assert "slow here" not in result.stdout
+
+
 def test_gpu_0_without_cuda(image_folder: Path, run_main) -> None:
     result = run_main("--download-dir", image_folder, *TINY, "--gpu", 0, process=True)
     assert_one_line(result, "--gpu 0: torch sees 0 CUDA devices here; leave --gpu out")
