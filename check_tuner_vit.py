@@ -81,6 +81,8 @@ def check_algorithm(
         finally:
             sys.path[:] = path
     mode = bound.arguments.get("optimize_mode", arguments.get("optimize_mode"))
+    if (config.name or "").lower() == "curvefitting" and METRICS[metric] == "min":
+        errors.append(f"{kind} {name} would end the best trials by {metric}: take Halving")
     wanted = {"max": "maximize", "min": "minimize"}[METRICS[metric]]
     if mode not in (None, wanted):
         said = "has" if "optimize_mode" in arguments else "lacks optimize_mode, which then is"

@@ -60,7 +60,7 @@ def check(file: Path, parser: Parser) -> int:
         folder, argv = trial_arguments(service.trial_command, Path(service.trial_code_directory))
         with quiet():
             given = parser.given(argv)
-        check_command(service, given, parser, found)
+        check_command(config, given, parser, found)
         check_overridden(keys, given, found)
         with working_folder(folder):
             runs = try_samples(samples, parser, without_gpu(argv), found)
@@ -70,6 +70,7 @@ def check(file: Path, parser: Parser) -> int:
         found.errors.append(f"trialCommand: {error}")
     except SystemExit:
         found.errors.append("trialCommand: --help ends every trial at once")
+    added: Sample = {}
     if is_batch(tuner) or len(keys) == len(space):
         added = check_algorithm("tuner", tuner, space, metric, parser, found.errors)
         if added and not found.errors:
@@ -77,6 +78,10 @@ def check(file: Path, parser: Parser) -> int:
                 check_added(added, samples[0][0], keys, parser, without_gpu(argv), found)
     if config.assessor:
         check_algorithm("assessor", config.assessor, space, metric, parser, found.errors)
+        if "TRIAL_BUDGET" in added:
+            found.errors.append("assessor: NNI ignores one beside this tuner: leave it out")
+        elif "load_checkpoint_dir" in added:
+            found.errors.append("assessor: PBT needs every trial to come to its end: leave it out")
 
     for text in found.warnings:
         say(f"warning: {text}")
@@ -242,8 +247,9 @@ def working_folder(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def check_command(service: Any, given: dict[str, Any], parser: Parser, found: Findings) -> None:
+def check_command(config: Any, given: dict[str, Any], parser: Parser, found: Findings) -> None:
     """What the options of the trialCommand and NNI do to each other."""
+    service = config.training_service
     if "resume" in given:
         raise UsageError("--resume continues one run as it was; to start from it use --init-from")
     if not given.get("request_from_nni"):
@@ -273,6 +279,14 @@ def check_command(service: Any, given: dict[str, Any], parser: Parser, found: Fi
             f"trialGpuNumber (gpuNum) {number} does not work in NNI 3.0 on a machine with {gpus} GPUs "
             "(with one it freezes): leave it out to use what is there"
         )
+    elif number:
+        usable, shared = len(service.gpu_indices or range(gpus)), service.max_trial_number_per_gpu
+        at_once = min(config.trial_concurrency, config.max_trial_number or sys.maxsize)
+        if at_once > (room := usable * shared // number):
+            found.errors.append(
+                f"trialConcurrency {at_once}: {usable} GPUs have room for {room} trials at a time, and "
+                "NNI 3.0 freezes when one more asks for a GPU"
+            )
 
 
 def check_overridden(keys: dict[str, set[str]], given: dict[str, Any], found: Findings) -> None:

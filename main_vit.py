@@ -184,7 +184,7 @@ def main_worker(
         log.info(
             f"stopped at step {state.step}; continue with --resume {output}/checkpoint.pth.tar"
         )
-        if trial and state.best:
+        if trial and state.best and not args.save_checkpoint_dir:  # PBT goes on from whole shares
             trial.finish(nni_metrics(state.best, args.metric))
         utils_vit.end_by_signal(*stopped.args)
     if leads:

@@ -26,9 +26,13 @@ def search(options: str = "--epochs 25", trials: int = 20, port: int = 8080) -> 
         class_args={"optimize_mode": "maximize"},
     )
     config.max_trial_number, config.trial_concurrency = trials, 2
-    experiment.run(port)
-    best = max(experiment.export_data(), key=lambda trial: trial.value["default"])
-    print(f"best: trial {best.trialJobId}, {best.value['default']:.2f} %, {best.parameter}")
+    if not experiment.run(port):  # Ctrl-C, which has stopped it already, or an error
+        raise SystemExit(f"it did not come to its end: nnictl resume {experiment.id}")
+    if results := experiment.export_data():
+        best = max(results, key=lambda trial: trial.value["default"])
+        print(f"best: trial {best.trialJobId}, {best.value['default']:.2f} %, {best.parameter}")
+    else:
+        print("no trial has succeeded: the page shows why")
     experiment.stop()
 
 

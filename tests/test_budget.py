@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import advisor_guard
 import pytest
 import torch
 
@@ -237,6 +238,19 @@ def test_a_seed_repeats_the_trials(tuner: str, arguments: dict) -> None:
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(("tuner", "arguments"), ADVISORS)
+def test_a_resume_draws_other_configurations(
+    tuner: str, arguments: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the seed of the start it would spend trials on what is known."""
+    before = [job["parameters"] for job in make(tuner, seed=3, **arguments).sent]
+    resumed = advisor_guard.dispatcher_env_vars._replace(NNI_MODE="resume")
+    monkeypatch.setattr(advisor_guard, "dispatcher_env_vars", resumed)
+    after = [job["parameters"] for job in make(tuner, seed=3, **arguments).sent]
+    assert len(before) == len(after) == 2
+    assert not [parameters for parameters in after if parameters in before]
 
 
 def test_bohb_learns_by_budget() -> None:

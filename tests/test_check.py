@@ -403,6 +403,26 @@ def test_gpu_numbers(
     assert result.status == (2 if errors else 0)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "number", "concurrency", "service", "freezes"),
+    [
+        (2, 1, 2, {}, False),
+        (2, 1, 3, {}, True),
+        (4, 2, 3, {}, True),
+        (2, 1, 4, {"maxTrialNumberPerGpu": 2}, False),
+        (4, 1, 3, {"gpuIndices": [0]}, True),
+    ],
+)
+def test_more_trials_at_a_time_than_gpus_have_room_for(
+    check, monkeypatch, gpus: int, number: int, concurrency: int, service: dict, freezes: bool
+) -> None:
+    """The rows of docs/gpus.md."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    service = {"platform": "local", "useActiveGpu": True, **service}
+    result = check(trialGpuNumber=number, trialConcurrency=concurrency, trainingService=service)
+    assert ["freezes" in text for text in findings(result, "error")] == [True] * freezes
+
+
 # --- tuner and assessor --------------------------------------------------------------------------
 
 WORST = "prefer the worst models"
@@ -464,6 +484,8 @@ def test_a_far_machine_need_not_have_our_files(check) -> None:
         ({"name": "Medianstop", "classArgs": {"start_step": 2}}, "accuracy", None),
         ({"name": "Medianstop"}, "loss", WORST),
         ({"name": "Curvefitting", "classArgs": {"epochs": 9}}, "accuracy", "'epochs'"),
+        ({"name": "Curvefitting", "classArgs": {"epoch_num": 9}}, "accuracy", None),
+        ({"name": "Curvefitting", "classArgs": {"epoch_num": 9}}, "loss", "end the best trials"),
         ({"name": "Medianstopp"}, "accuracy", "no assessor of this name"),
     ],
 )
@@ -476,6 +498,25 @@ def test_assessor(check, assessor: dict[str, Any], metric: str, message: str | N
     )
     assert result.status == (2 if message else 0)
     assert all(message in text for text in findings(result, "error"))
+
+
+@pytest.mark.parametrize(
+    ("tuner", "message"),
+    [("hyperband_tuner.Hyperband", "NNI ignores one"), ("pbt_tuner.PBT", "PBT needs every trial")],
+)
+def test_no_assessor_beside_a_tuner_that_ends_trials_itself(
+    check, tuner: str, message: str
+) -> None:
+    folder = str(REPOSITORY / "tuners")
+    arguments = {"R": 3} if "Hyperband" in tuner else {"population_size": 2}
+    arguments["optimize_mode"] = "maximize"
+    result = check(
+        assessor={"name": "Medianstop", "classArgs": {"start_step": 2}},
+        tuner={"codeDirectory": folder, "className": tuner, "classArgs": arguments},
+        trialCommand=f"{COMMAND} --epochs 3",
+    )
+    assert result.status == 2
+    assert any(message in text for text in findings(result, "error"))
 
 
 def test_batch_tuner_hands_out_whole_samples(check) -> None:

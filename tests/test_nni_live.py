@@ -22,6 +22,7 @@ import utils_vit
 TINY = (
     "--image-size 8 --channel 1 --patch-size 4 --vt-dim 16 --vt-depth 1 --vt-heads 2 --mlp-dim 16"
 )
+GRID_SEARCH = "nni_tuners.GridSearch"
 LONG = "--threads 1 --batch-size 2 --epochs 2000"
 
 
@@ -30,7 +31,9 @@ def space(low: float, high: float) -> dict[str, Any]:
 
 
 @contextmanager
-def endless(folder: Path, make_images: Callable[..., Path]) -> Iterator[Experiment]:
+def endless(
+    folder: Path, make_images: Callable[..., Path], **settings: Any
+) -> Iterator[Experiment]:
     """An experiment of trials that last until somebody ends them, one at a time, three in all."""
     make_images(folder / "images/train", ["cat", "dog"], 20, seed=1, noise=100)
     command = f"{sys.executable} {REPOSITORY / 'main_vit.py'} --request-from-nni {TINY} {LONG}"
@@ -38,6 +41,7 @@ def endless(folder: Path, make_images: Callable[..., Path]) -> Iterator[Experime
     config = read_config(REPOSITORY / "config.yml")
     del config["searchSpaceFile"], config["trialConcurrency"]
     config |= {"trialCommand": command, "searchSpace": space(1e-4, 1e-3), "maxTrialNumber": 3}
+    config |= settings
     with experiment(config, folder) as running:
         yield running
 
@@ -66,7 +70,7 @@ def assert_whole(running: Experiment, trial_id: str) -> None:
     assert f"stopped at step {state['step']};" in (output / "trial.log").read_text()
     assert not [path for path in output.iterdir() if path.name.endswith(".tmp")]
     # What it had reached is told all the same.
-    [final] = running.finals(trial_id)
+    [final] = running.until(lambda: running.finals(trial_id))
     assert final["default"] == state["best"]["val_accuracy"]
 
 
@@ -141,6 +145,34 @@ def curve_is_whole(running: Experiment, trial_id: str, length: int) -> bool:
     curve = running.get(f"metric-data/{trial_id}?type=PERIODICAL")
     known = sorted(metric["sequence"] for metric in curve)
     return len(known) >= length and known == list(range(len(known)))
+
+
+@pytest.mark.slow
+def test_a_resume_brings_back_what_stopped_trials_reached(
+    tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    """NNI leaves them out; a grid would try their combinations once more."""
+    rates = [1e-4, 2e-4, 3e-4, 4e-4]
+    settings: dict[str, Any] = {
+        "searchSpace": {"lr": {"_type": "choice", "_value": rates}},
+        "tuner": {"codeDirectory": str(REPOSITORY / "tuners"), "className": GRID_SEARCH},
+        "maxTrialNumber": len(rates),
+    }
+    tried = []
+    with endless(tmp_path, make_images, **settings) as running:
+        for _ in rates:
+            [trial] = training(running, 1)
+            tried.append(trial["shown"]["parameters"]["lr"])
+            if len(tried) == 2:
+                running.stop()
+                running.resume()
+                log = running.output(trial["trialJobId"]) / "trial.log"
+                running.until(lambda log=log: "resumed after step" in log.read_text(), 120)
+            running.nnictl("trial", "kill", running.id, "--trial_id", trial["trialJobId"])
+            assert_whole(running, trial["trialJobId"])
+        log = running.folder / "exp" / running.id / "log" / "dispatcher.log"
+        assert log.read_text().count("back after the resume") >= 2
+    assert sorted(tried) == rates
 
 
 @pytest.mark.long

@@ -150,6 +150,67 @@ def test_a_resume_brings_the_results_back(name: str) -> None:
         assert parameters not in before
 
 
+SMALLER = LINEAR | {"dropout": spec("uniform", 0, 0.01), "width": spec("choice", 32, 64)}
+CHANGES = {
+    "smaller": SMALLER,
+    "other keys": {k: v for k, v in LINEAR.items() if k != "share"} | {"wd": spec("uniform", 0, 1)},
+}
+
+
+QUICK = ("Tpe", "Anneal", "Evolution", "GridSearch")
+ALL_TUNERS = [
+    pytest.param(name, marks=() if name.endswith(QUICK) else pytest.mark.slow) for name in TUNERS
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ALL_TUNERS)
+def test_the_search_space_may_change_while_trials_run(name: str, change: str) -> None:
+    """`nnictl update searchspace`, or the page: one trial is of the space as it was when it ends."""
+    tuner, count = make(name, LINEAR), min(TUNERS[name][2], 12)
+    run(tuner, count)
+    running = [(number, tuner.generate_parameters(number)) for number in (100, 101)]
+    tuner.update_search_space(CHANGES[change])
+    for number, parameters in running:
+        tuner.receive_trial_result(number, parameters, 1.0)
+        tuner.trial_end(number, True)
+    for parameters in run(tuner, count, first=200):
+        assert_fits(parameters, CHANGES[change])
+
+
+def test_a_search_space_that_cannot_be_searched_leaves_the_old_one() -> None:
+    tuner = make("nni_tuners.Metis", LINEAR)
+    tuner.update_search_space({"lr": spec("loguniform", 1e-4, 1)})
+    assert_fits(tuner.generate_parameters(0), LINEAR)
+
+
+def test_tpe_knows_the_values_of_a_choice_by_themselves_not_by_their_place() -> None:
+    names = ["adam", "adamw", "sgd"]
+    tuner = make("tpe_tuner.Tpe", {"optimizer": spec("choice", *names), "x": spec("uniform", 0, 1)})
+    for number in range(30):
+        parameters = tuner.generate_parameters(number)
+        tuner.receive_trial_result(number, parameters, float(parameters["optimizer"] == "sgd"))
+    space = {"optimizer": spec("choice", *reversed(names)), "x": spec("uniform", 0, 1)}
+    tuner.update_search_space(space)
+    suggested = [tuner.generate_parameters(number)["optimizer"] for number in range(100, 120)]
+    assert suggested.count("sgd") > 10
+
+
+@pytest.mark.slow
+def test_smac_takes_no_success_for_a_crash() -> None:
+    """NNI tells the end of a trial by another thread than its result."""
+    tuner = make("smac_tuner.Smac", LINEAR)
+    for number, value in enumerate([0.5, 0.6, 0.55, 0.99]):
+        parameters = tuner.generate_parameters(number)
+        if value == 0.99:
+            tuner.trial_end(number, True)
+        tuner.receive_trial_result(number, parameters, value)
+    tuner.generate_parameters(4)
+    known = sorted(value.cost for value in tuner._facade.runhistory.values() if value.status == 1)
+    assert known == [-0.99, -0.6, -0.55, -0.5]
+    assert not [value for value in tuner._facade.runhistory.values() if value.status == 2]
+
+
 @pytest.mark.parametrize("name", ["tpe_tuner.Tpe", "anneal_tuner.Anneal", "smac_tuner.Smac"])
 @pytest.mark.slow
 def test_it_learns(name: str) -> None:

@@ -36,13 +36,17 @@ class Guard:
 
     largest_budget = 0  # that a trial is given; --check compares it with --epochs
 
-    def prepare(self, module: ModuleType) -> None:
-        """To be called when NNI's class, which is of `module`, is made."""
+    def prepare(self, module: ModuleType, seed: int | None) -> None:
+        """To be called when NNI's class, which is of `module`, is made; sets `self.seed`."""
         self.running: set[str] = set()
         self.finished: set[str] = set()  # with a final result
         # After `nnictl resume` trials of the earlier start run again; theirs must not be our ids.
-        if dispatcher_env_vars.NNI_MODE == "resume":
+        self.resumes = dispatcher_env_vars.NNI_MODE == "resume"
+        if self.resumes:
             module._next_parameter_id = int(time.time())
+            # With the same random numbers it would suggest what it did at the earlier start.
+            seed = None if seed is None else (seed + module._next_parameter_id) % 2**32
+        self.seed = seed
 
     def bracket_and_round(self, parameter_id: str) -> tuple[Any, int]:
         """The bracket, and the round in it, that a parameter id is of."""

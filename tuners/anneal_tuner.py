@@ -61,5 +61,6 @@ def near(
         return anywhere if rng.random() < width else centre
     if spec.normal_distributed:
         return rng.normal(centre, spec.sigma * width)
+    centre = min(max(centre, spec.low), spec.high)  # of a space that has become smaller, say
     reach = (spec.high - spec.low) * width / 2
     return rng.uniform(max(spec.low, centre - reach), min(spec.high, centre + reach))

@@ -21,6 +21,7 @@ except ImportError as error:
 from nni.common.hpo_utils import deformat_parameters, format_parameters, format_search_space
 from nni.runtime.tuner_command_channel import CommandType
 from nni.utils import MetricType, OptimizeMode
+from robust_tuner import left_out_of_resume
 
 log = logging.getLogger(f"nni.{__name__}")  # which NNI writes to dispatcher.log
 BUDGET = "TRIAL_BUDGET"
@@ -109,10 +110,9 @@ class BOHB(Guard, bohb_advisor.BOHB, Channel):
             optimize_mode, min_budget, max_budget, eta, min_points_in_model, top_n_percent,
             num_samples, random_fraction, bandwidth_factor, min_bandwidth,
         )  # fmt: skip
-        self.prepare(bohb_advisor)
-        self.seed = seed
+        self.prepare(bohb_advisor, seed)
         self.largest_budget = max_budget
-        np.random.seed(seed)  # what NNI's model draws from
+        np.random.seed(self.seed)  # what NNI's model draws from
 
     def bracket_and_round(self, parameter_id: str) -> tuple[Any, int]:
         s, i, _ = parameter_id.split("_")
@@ -120,8 +120,12 @@ class BOHB(Guard, bohb_advisor.BOHB, Channel):
 
     def handle_initialize(self, data: dict[str, Any]) -> None:
         self.handle_update_search_space(data)
-        self.generate_new_bracket()
         self.send(CommandType.Initialized, "")
+
+    def handle_request_trial_jobs(self, data: int) -> None:
+        if not self.brackets:  # not before the results of an earlier start are imported
+            self.generate_new_bracket()
+        super().handle_request_trial_jobs(data)
 
     def handle_update_search_space(self, data: dict[str, Any]) -> None:
         self.search_space = data
@@ -149,6 +153,8 @@ class BOHB(Guard, bohb_advisor.BOHB, Channel):
 
     def handle_import_data(self, data: list[dict[str, Any]]) -> None:
         """Results of before `nnictl resume`, or imported ones: the model learns from them again."""
+        if self.resumes:
+            self.resumes, data = False, [*data, *left_out_of_resume()]
         for entry in data:
             parameters, value = dict(entry["parameter"]), scalar(entry["value"])
             budget = parameters.pop(BUDGET, self.max_budget)

@@ -27,8 +27,7 @@ class Hyperband(Guard, hyperband_advisor.Hyperband, Channel):
         if not (R >= 1 and eta >= 2):
             raise ValueError(f"R {R} must be at least 1 and eta {eta} at least 2")
         super().__init__(optimize_mode, R, eta, exec_mode)
-        self.prepare(hyperband_advisor)
-        self.seed = seed
+        self.prepare(hyperband_advisor, seed)
         self.largest_budget = R
 
     def bracket_and_round(self, parameter_id: str) -> tuple[Any, int]:

@@ -31,6 +31,7 @@ class GridSearch(Robust, GridSearchTuner):
 
     def _new_space(self, space: dict[str, Any]) -> None:
         self.space = self._specs
+        self.vector, self.divisions = None, {}  # of the grid as it was
         self._init_grid()
 
     def _propose(self, parameter_id: int) -> dict[str, Any]:
@@ -43,6 +44,9 @@ class GridSearch(Robust, GridSearchTuner):
                 return parameters
 
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
+        self._under_way(parameters)
+
+    def _under_way(self, parameters: dict[str, Any]) -> None:
         self._tried.add(frozen(parameters))
 
 
@@ -57,6 +61,11 @@ class Evolution(Robust, EvolutionTuner):
 
     def _new_space(self, space: dict[str, Any]) -> None:
         super()._new_space(space)
+        self.running_trials = {  # with the choices as the space has them now
+            i: Individual(with_index(space, self._suggested[i]))
+            for i in self.running_trials
+            if i in self._suggested
+        }
         random.seed(self._seed)  # NNI's draws from both
         self.random_state = np.random.RandomState(self._seed)
         self.population = []

@@ -62,10 +62,8 @@ class PBT(pbt_tuner.PBTTuner):
             if spec["_type"] == "choice" and any(isinstance(v, dict) for v in spec["_value"]):
                 raise ValueError(f"PBT cannot perturb the nested choice {name}")
         with self.lock:
-            if (
-                self.population
-            ):  # `nnictl update searchspace`: the members go on, within the new ranges
-                self.searchspace_json = search_space
+            if self.population:  # `nnictl update searchspace`: the members are of the old one
+                log.warning("a population that is under way keeps its search space")
                 return
             super().update_search_space(search_space)
             for trial in self.population:  # NNI's own draws of them cannot be seeded

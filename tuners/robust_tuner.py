@@ -13,6 +13,7 @@ import numpy as np
 import requests
 from nni.common.hpo_utils import Deduplicator, format_parameters, format_search_space
 from nni.common.hpo_utils.formatting import ParameterSpec
+from nni.runtime.env_vars import dispatcher_env_vars
 from nni.tuner import Tuner
 
 log = logging.getLogger("nni.vit_tuners")
@@ -43,11 +44,26 @@ class Robust(Tuner):
         self._specs: dict[Any, Any] = {}  # in NNI's internal form
         self._ending: threading.Thread | None = None
         self._replayed = 0
+        self._resumes = dispatcher_env_vars.NNI_MODE == "resume"
 
     # --- what NNI calls ---------------------------------------------------------------------------
 
     def update_search_space(self, search_space: dict[str, Any]) -> None:
-        """Raises ValueError if the engine cannot search it."""
+        """Raises ValueError if the engine cannot search it; once trials run it keeps the old one then."""
+        try:
+            self._check_types(search_space)
+        except ValueError as error:
+            if not self._specs:
+                raise
+            log.error("the search space stays as it was: %s", error)
+            return
+        with self._lock:
+            self._search_space, self._specs = search_space, formatted(search_space)
+            # A trial of the space as it was, and not of this one, tells nothing any more.
+            self._suggested = {i: p for i, p in self._suggested.items() if self._fits(p)}
+            self._new_space(search_space)
+
+    def _check_types(self, search_space: dict[str, Any]) -> None:
         name = type(self).__name__
         for key, spec in search_space.items():
             values = spec["_value"] if spec["_type"] == "choice" else []
@@ -55,9 +71,14 @@ class Robust(Tuner):
                 raise ValueError(f"{name} cannot search {key}: it takes {' '.join(self.types)}")
             if self.numbers_only and not all(isinstance(v, int | float) for v in values):
                 raise ValueError(f"{name} cannot search {key}: it takes a choice of numbers only")
-        with self._lock:
-            self._search_space, self._specs = search_space, formatted(search_space)
-            self._new_space(search_space)
+
+    def _fits(self, parameters: Any) -> bool:
+        """Whether they are of the search space as it is now."""
+        try:
+            format_parameters(parameters, self._specs)
+        except (KeyError, ValueError, TypeError, IndexError):
+            return False
+        return True
 
     def generate_parameters(self, parameter_id: int, **kwargs: Any) -> dict[str, Any]:
         """Plain Python numbers and strings. Raises nni.NoMoreTrialError where there is nothing left."""
@@ -104,19 +125,21 @@ class Robust(Tuner):
     def import_data(self, data: Any) -> None:
         """The results of before `nnictl resume`, and of trials that it let run again."""
         with self._lock:
-            for trial in nni.load(data) if isinstance(data, str) else data:
+            data = nni.load(data) if isinstance(data, str) else data
+            if self._resumes:
+                self._resumes = False
+                data = [*data, *left_out_of_resume()]
+            for trial in data:
                 trial = nni.load(trial) if isinstance(trial, str) else trial
                 number, parameters = finite_number(trial.get("value")), trial.get("parameter")
-                try:
-                    # Raises where the search space was changed since.
-                    format_parameters(parameters, self._specs)
-                except (KeyError, ValueError, TypeError, IndexError):
-                    number = None
-                if number is None:
-                    log.warning("not imported: %r", trial)
-                else:
+                fits = self._fits(parameters)
+                if fits and number is not None:
                     self._replay(parameters, number)
                     self._replayed += 1
+                elif fits and "under_way" in trial:
+                    self._under_way(parameters)
+                else:
+                    log.warning("not imported: %r", trial)
             # With its first random numbers again, a tuner would suggest once more what it did before.
             self._reseed(self._replayed)
 
@@ -139,6 +162,9 @@ class Robust(Tuner):
 
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
         super().import_data([{"parameter": parameters, "value": value}])
+
+    def _under_way(self, parameters: dict[str, Any]) -> None:
+        """Of a trial that goes on after a resume, and tells its result later: not to be tried again."""
 
     def _reseed(self, number: int) -> None:
         """Other random numbers than at the start, the same ones for the same seed and number."""
@@ -167,13 +193,11 @@ class Remembering(Robust):
 
     def _known(self) -> list[tuple[dict[Any, Any], float | None]]:
         """What fits into the search space as it is now, in NNI's internal form."""
-        known = []
-        for parameters, loss in self._history:
-            try:
-                known.append((format_parameters(parameters, self._specs), loss))
-            except (KeyError, ValueError, TypeError, IndexError):
-                continue
-        return known
+        return [
+            (format_parameters(parameters, self._specs), loss)
+            for parameters, loss in self._history
+            if self._fits(parameters)
+        ]
 
     def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
         self._history.append((parameters, self._sign * value))
@@ -186,6 +210,9 @@ class Remembering(Robust):
 
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
         self._tell(-1, parameters, value)
+        self._under_way(parameters)
+
+    def _under_way(self, parameters: dict[str, Any]) -> None:
         self._unused.add_history(format_parameters(parameters, self._specs))
 
 
@@ -251,18 +278,50 @@ def frozen(parameters: Any) -> Hashable:
     return tuple(map(frozen, parameters)) if isinstance(parameters, list) else parameters
 
 
+def manager() -> tuple[requests.Session, str]:
+    """How NNI's manager is asked, and where its REST is; nowhere outside of NNI."""
+    session = requests.Session()
+    session.trust_env = False  # a proxy has no part in this
+    channel = os.environ.get("NNI_TUNER_COMMAND_CHANNEL", "")
+    address = channel.replace("ws://", "http://", 1).removesuffix("/tuner")
+    return session, address and address + "/api/v1/nni"
+
+
+def left_out_of_resume() -> list[dict[str, Any]]:
+    """What NNI 3.0 does not import at a resume: results of stopped trials, parameters of those under way."""
+    session, rest = manager()
+    try:
+        finals = session.get(f"{rest}/metric-data?type=FINAL", timeout=10).json()
+        trials = session.get(f"{rest}/trial-jobs", timeout=10).json()
+    except requests.RequestException as error:
+        log.warning("what stopped trials had reached is not known any more: %s", error)
+        return []
+    values = {final["trialJobId"]: final["data"] for final in finals}
+    found = []
+    for trial in trials:
+        value, under_way = values.get(trial["trialJobId"]), trial["status"] not in ENDED
+        wanted = under_way or (trial["status"] != "SUCCEEDED" and value is not None)
+        if not wanted or not trial.get("hyperParameters"):
+            continue
+        while isinstance(value, str):  # JSON in JSON
+            value = nni.load(value)
+        parameters = nni.load(trial["hyperParameters"][0])["parameters"]
+        entry = {"parameter": parameters, "value": value}
+        found.append(entry | ({"under_way": True} if under_way else {}))
+        log.info("back after the resume: %s", found[-1])
+    return found
+
+
 def end_when_idle(pause: float = 2.0) -> None:
     """Waits for the trials that are left and lets NNI call the experiment DONE.
 
     NNI 3.0 does so only at maxTrialNumber. With a tuner that has no more to suggest it would stay at
     TUNER_NO_MORE_TRIAL for ever, so maxTrialNumber becomes the number of trials that there were.
     """
-    channel = os.environ.get("NNI_TUNER_COMMAND_CHANNEL", "")
-    rest = channel.replace("ws://", "http://", 1).removesuffix("/tuner") + "/api/v1/nni"
-    session, stop, idle = requests.Session(), threading.Event(), 0
-    session.trust_env = False  # a proxy has no part in this
+    session, rest = manager()
+    stop, idle = threading.Event(), 0
     # A trial that was handed out may not be listed yet, so it must look idle for a while.
-    while idle < 3 and channel:
+    while idle < 3 and rest:
         stop.wait(pause)
         try:
             trials = session.get(f"{rest}/trial-jobs", timeout=10).json()

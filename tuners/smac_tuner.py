@@ -81,6 +81,9 @@ class Smac(Remembering):
         return frozen(cleaned(parameters, self._search_space))
 
     def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
+        if (parameters, None) in self._history:  # its end came first, and was taken for a crash
+            self._history.remove((parameters, None))
+            self._facade = None  # all is told again
         super()._tell(parameter_id, parameters, value)
         self._learn(parameter_id, parameters, self._sign * value)
 
