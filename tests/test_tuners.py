@@ -214,17 +214,22 @@ def test_smac_takes_no_success_for_a_crash() -> None:
 @pytest.mark.parametrize("name", ["tpe_tuner.Tpe", "anneal_tuner.Anneal", "smac_tuner.Smac"])
 @pytest.mark.slow
 def test_it_learns(name: str) -> None:
-    """The last suggestions are nearer to the optimum than those of chance, of which a fifth is so near."""
+    """Half of the last suggestions are near the optimum; of those of chance a fifth, 12 of 60 +- 3, is."""
     space = {"dropout": spec("uniform", 0, 1), "pool": spec("choice", "cls", "mean")}
-    tuner, suggested = make(name, space), []
-    for number in range(50):
-        parameters = tuner.generate_parameters(number)
-        suggested.append(parameters)
-        penalty = parameters["pool"] == "mean"
-        value = -abs(parameters["dropout"] - 0.3) - penalty
-        tuner.receive_trial_result(number, parameters, value)
-    near = [p for p in suggested[-10:] if abs(p["dropout"] - 0.3) < 0.2 and p["pool"] == "cls"]
-    assert len(near) >= 5, suggested[-10:]
+    last = []
+    for seed in (
+        1,
+        2,
+        3,
+    ):  # SMAC does not repeat itself to the last suggestion on another processor
+        tuner = make(name, space, seed=seed)
+        for number in range(50):
+            parameters = tuner.generate_parameters(number)
+            value = -abs(parameters["dropout"] - 0.3) - (parameters["pool"] == "mean")
+            tuner.receive_trial_result(number, parameters, value)
+            last += [parameters] if number >= 30 else []
+    near = [p for p in last if abs(p["dropout"] - 0.3) < 0.2 and p["pool"] == "cls"]
+    assert len(near) >= 30, last
 
 
 @pytest.mark.slow
