@@ -320,6 +320,20 @@ def test_a_population_survives_its_trials(failing: float, tmp_path: Path) -> Non
         assert all(m.hyper_parameters["load_checkpoint_dir"] in left for m in resumed.population)
 
 
+def test_a_population_under_way_keeps_its_search_space(tmp_path: Path) -> None:
+    """A choice without the value that a member has ended the tuner at the next step."""
+    population = {"all_checkpoint_dir": str(tmp_path), "population_size": 4, "seed": 1}
+    tuner = importlib.import_module("pbt_tuner").PBT(**population)
+    sizes = [16, 32, 64]
+    tuner.update_search_space({"batch_size": {"_type": "choice", "_value": sizes}})
+    jobs = [(i, tuner.generate_parameters(i)) for i in range(4)]
+    tuner.update_search_space({"batch_size": {"_type": "choice", "_value": [8]}})
+    for number, parameters in jobs:
+        tuner.receive_trial_result(number, parameters, {"default": number})
+        tuner.trial_end(number, True)
+    assert all(tuner.generate_parameters(4 + i)["batch_size"] in sizes for i in range(4))
+
+
 def test_a_population_of_other_values_than_numbers_is_refused() -> None:
     tuner = importlib.import_module("pbt_tuner").PBT(all_checkpoint_dir="x")
     with pytest.raises(ValueError, match="nested choice optimizer"):
