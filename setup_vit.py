@@ -2,11 +2,13 @@
 
 import argparse
 import ctypes
+import fcntl
 import itertools
 import math
 import os
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def output_folder(
     # After the death of NNI's manager the same trial may still be saving in its earlier process.
     patience = 30 if trial else 0
     try:
-        until_end.enter_context(utils_vit.hold_folder(folder, patience))
+        until_end.enter_context(hold_folder(folder, patience))
     except BlockingIOError:
         raise UsageError(
             f"another process is still at work in {folder}: wait for its end, or give --model-dir "
@@ -99,6 +101,41 @@ def output_folder(
             raise UsageError(f"{folder} holds a run with other parameters: {changes}")
         args.resume = checkpoint
     return folder
+
+
+@contextmanager
+def hold_folder(folder: Path, seconds: float) -> Iterator[None]:
+    """Make `folder` and keep other processes out of it, after waiting up to `seconds` for one to leave.
+
+    The lock ends with the process, however that ends; a folder that nothing came into is removed
+    again. Raises BlockingIOError if another process stays, OSError if the folder cannot be written.
+    """
+    made = not folder.exists()
+    file, deadline = folder / ".lock", time.monotonic() + seconds
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+            continue
+        except OSError:  # a file system without locks, which is no reason not to train
+            break
+        if os.fstat(descriptor).st_nlink:
+            break
+        os.close(descriptor)  # whoever left has removed the file meanwhile
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # read-only or gone by now
+            file.unlink()
+            if made:
+                folder.rmdir()  # fails if there is anything in it
+        os.close(descriptor)
 
 
 def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torch.device:

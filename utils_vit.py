@@ -1,7 +1,6 @@
 """Checkpoints, the training state, optimizers, schedules, EMA and seeds: what a run needs beside its model."""
 
 import copy
-import fcntl
 import hashlib
 import io
 import logging
@@ -11,8 +10,8 @@ import shutil
 import signal
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -240,41 +239,6 @@ class TrainingState:
         self.epoch, self.step, self.validated = state["epoch"], state["step"], state["validated"]
         self.best = state["best"]
         self.outputs = [tuple(part.to(device) for part in step) for step in state["outputs"]]
-
-
-@contextmanager
-def hold_folder(folder: Path, seconds: float) -> Iterator[None]:
-    """Make `folder` and keep other processes out of it, after waiting up to `seconds` for one to leave.
-
-    The lock ends with the process, however that ends; a folder that nothing came into is removed
-    again. Raises BlockingIOError if another process stays, OSError if the folder cannot be written.
-    """
-    made = not folder.exists()
-    file, deadline = folder / ".lock", time.monotonic() + seconds
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.1)
-            continue
-        except OSError:  # a file system without locks, which is no reason not to train
-            break
-        if os.fstat(descriptor).st_nlink:
-            break
-        os.close(descriptor)  # whoever left has removed the file meanwhile
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # read-only or gone by now
-            file.unlink()
-            if made:
-                folder.rmdir()  # fails if there is anything in it
-        os.close(descriptor)
 
 
 class Saver:

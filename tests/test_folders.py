@@ -20,7 +20,8 @@ import torch
 import main_vit
 import setup_vit
 from config_vit import resolve
-from utils_vit import hold_folder, load_checkpoint
+from setup_vit import hold_folder
+from utils_vit import load_checkpoint
 
 TINY = (
     "--image-size 8 --patch-size 4 --vt-dim 16 --vt-depth 1 --vt-heads 2 --mlp-dim 16 "
