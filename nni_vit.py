@@ -13,7 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from utils_vit import replace_file
@@ -35,9 +37,7 @@ class Trial:
         if not self.inside:
             return
         end_with_parent()
-        import nni.trial
-
-        self._nni = nni.trial
+        self._nni = trial_module()
         if os.environ["NNI_PLATFORM"] == "remote":
             # What "View trial log" shows; NNI puts a trial's output there on its own machine only.
             sys.stdout = open(self.output_dir / "trial.log", "a", buffering=1)  # noqa: SIM115
@@ -184,6 +184,20 @@ class Trial:
     def _save(self, **news: Any) -> None:
         self._record |= news
         replace_file(self.output_dir / "nni.json", json.dumps(self._record, indent=2).encode())
+
+
+def trial_module() -> ModuleType:
+    """`nni.trial`, without what else `import nni` imports: SciPy above all, a second of every trial."""
+    if "nni" not in sys.modules and (spec := find_spec("nni")):
+        nni = sys.modules["nni"] = module_from_spec(spec)
+        from nni.common import dump, load
+        from nni.runtime.log import _init_logger
+
+        nni.dump, nni.load = dump, load  # what nni.trial uses of its package
+        _init_logger()
+    import nni.trial
+
+    return nni.trial
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:
