@@ -268,11 +268,11 @@ def train(
     step_vit.check_finite(state)
     seconds = time.perf_counter() - began
 
-    losses, logits, targets = zip(*state.outputs, strict=True)
-    targets = torch.cat(targets)
-    weights = torch.tensor([len(part) for part in logits], device=device)
-    loss = (torch.stack(losses) * weights).sum().item() / len(targets)
-    metrics = report_vit.measure(*to_numpy(torch.cat(logits), targets))
+    losses, predicted, targets = zip(*state.outputs, strict=True)
+    weights = torch.tensor([len(part) for part in targets], device=device)
+    loss = (torch.stack(losses) * weights).sum().item() / weights.sum().item()
+    numbers = (torch.cat(parts).cpu().numpy() for parts in (predicted, targets))
+    metrics = report_vit.accuracies(*numbers)
     return {
         "step": state.step,
         "train_loss": loss,
@@ -320,15 +320,15 @@ def validate(
             logits[positions[0] : positions[-1] + 1] = step_vit.logits_of(state, images, args)
         after_batch()
     [logits] = distributed_vit.added_up(logits)  # each row is zero on all ranks but one
-    targets = torch.from_numpy(split.targets[split.indices]).to(device)
-    loss = F.cross_entropy(logits, targets).item()
+    targets = split.targets[split.indices]
+    loss = F.cross_entropy(logits, torch.from_numpy(targets).to(device)).item()
     if not math.isfinite(loss):
         raise RunFailed(
             f"the loss on held-out images is not finite after epoch {state.epoch + 1}, "
             f"step {state.step}: a lower --lr may help"
         )
-    probabilities, numbers = to_numpy(logits, targets)
-    return {"loss": loss, **report_vit.measure(probabilities, numbers)}, probabilities, numbers
+    probabilities = logits.cpu().double().softmax(dim=1).numpy()
+    return {"loss": loss, **report_vit.measure(probabilities, targets)}, probabilities, targets
 
 
 def results_of(
@@ -347,7 +347,7 @@ def results_of(
     test = None
     if data.test:
         metrics, probabilities, targets = validate(state, data.test, args, device, after_batch)
-        test = metrics | report_vit.test_report(probabilities, targets, data.classes, after_batch)
+        test = metrics | report_vit.test_report(probabilities, targets, data.classes)
     return {
         "metric": args.metric,
         "best_epoch": state.best["epoch"],
@@ -361,11 +361,6 @@ def results_of(
         "device": str(device),
         "torch": torch.__version__,
     }
-
-
-def to_numpy(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (images, classes) and targets (images,) from logits."""
-    return logits.cpu().double().softmax(dim=1).numpy(), targets.cpu().numpy()
 
 
 def nni_metrics(line: dict[str, Any], metric: str) -> dict[str, float]:

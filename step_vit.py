@@ -25,7 +25,7 @@ def training_step(
     soft: Tensor | None = None,
     batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step; returns the loss (), the logits (batch, classes) and the targets, detached.
+    """One optimizer step; returns the loss (), the predicted classes (batch,) and the targets (batch,).
 
     The loss is against `targets` (batch,) or, where given, the probabilities `soft` (batch, classes).
     Of several processes each gives its part of the batch, `batch_size` is that of all parts, and what
@@ -34,11 +34,11 @@ def training_step(
     OutOfMemory if a single image or the optimizer is too much, and RankLost.
     """
     labels, batch_size = targets if soft is None else soft, batch_size or len(images)
-    loss, logits = in_pieces(
+    loss, predicted = in_pieces(
         state, args, len(images), lambda: gradient(state, images, labels, args, batch_size)
     )
     if distributed_vit.ranks() > 1:
-        loss, logits, targets = of_all_ranks(state.model, loss, logits, targets, batch_size)
+        loss, predicted, targets = of_all_ranks(state.model, loss, predicted, targets, batch_size)
     if args.clip_grad:
         nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
     try:
@@ -48,7 +48,7 @@ def training_step(
     state.step += 1
     if state.ema:
         state.ema.update(state.model, state.step)
-    return loss, logits, targets
+    return loss, predicted, targets
 
 
 def logits_of(state: TrainingState, images: Tensor, args: argparse.Namespace) -> Tensor:
@@ -88,7 +88,7 @@ def gradient(
     args: argparse.Namespace,
     batch_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the mean loss, added up over `state.pieces`; returns loss and logits of this part.
+    """The gradient of the mean loss, added up over `state.pieces`; returns loss and predicted classes of this part.
 
     `targets` are numbers (batch,) or probabilities (batch, classes).
     """
@@ -103,9 +103,9 @@ def gradient(
         with autocast(images.device, args.precision):
             output = state.model(empty).float()
         (output.sum() * 0).backward()
-        return output.new_zeros(()), output.detach()[:0]
+        return output.new_zeros(()), output[:0].argmax(dim=1)
     size = math.ceil(len(images) / state.pieces)
-    loss, logits = torch.zeros((), device=images.device), []
+    loss, predicted = torch.zeros((), device=images.device), []
     for part, part_targets in zip(images.split(size), targets.split(size), strict=True):
         with autocast(images.device, args.precision):
             output = state.model(part)
@@ -114,27 +114,28 @@ def gradient(
         ) * (len(part) / batch_size)
         part_loss.backward()
         loss += part_loss.detach()
-        logits.append(output.detach().float())
-    return loss, torch.cat(logits)
+        predicted.append(output.argmax(dim=1))
+    return loss, torch.cat(predicted)
 
 
 def of_all_ranks(
-    model: nn.Module, loss: Tensor, logits: Tensor, targets: Tensor, batch_size: int
+    model: nn.Module, loss: Tensor, predicted: Tensor, targets: Tensor, batch_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make the gradient that of the whole batch; loss, logits and targets of the whole, on every rank.
+    """Make the gradient that of the whole batch; loss, predictions, targets of the whole, on every rank.
 
     One message for the gradient and what metrics need: every rank then knows what one process would,
     so checkpoints are the same whatever the number of ranks. Raises RankLost.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     own = share_of(batch_size, distributed_vit.rank(), distributed_vit.ranks())
-    outputs = logits.new_zeros(batch_size, logits.shape[1] + 1)  # logits, target: whole up to 2^24
-    outputs[own] = torch.cat([logits, targets[:, None]], dim=1)
+    numbers = loss.new_zeros(2, batch_size)  # of classes: whole up to 2^24
+    numbers[:, own] = torch.stack([predicted, targets]).to(loss.dtype)
     gradients = [p.grad for p in parameters]
-    *gradients, loss, outputs = distributed_vit.added_up(*gradients, loss, outputs)
+    *gradients, loss, numbers = distributed_vit.added_up(*gradients, loss, numbers)
     for parameter, total in zip(parameters, gradients, strict=True):
         parameter.grad = total
-    return loss.clone(), outputs[:, :-1].clone(), outputs[:, -1].long()  # not the whole message
+    predicted, targets = numbers.long()
+    return loss.clone(), predicted, targets  # the loss is a part of the whole message
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:

@@ -192,7 +192,7 @@ class TrainingState:
         self.validated = 0  # the step after which validation came last
         self.best: dict[str, Any] | None = None  # the metrics line of the best epoch
         self.pieces = 1  # parts that a batch is taken in, for want of GPU memory
-        # Of each step of the epoch under way: loss, logits (batch, classes), targets (batch,).
+        # Of each step of the epoch under way: loss, predicted classes (batch,), targets (batch,).
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def epoch_under_way(self, steps_per_epoch: int) -> int:
@@ -238,7 +238,15 @@ class TrainingState:
         device = next(self.model.parameters()).device
         self.epoch, self.step, self.validated = state["epoch"], state["step"], state["validated"]
         self.best = state["best"]
-        self.outputs = [tuple(part.to(device) for part in step) for step in state["outputs"]]
+        self.outputs = [
+            # Checkpoints of before 2026-11-26 have the logits (batch, classes) there.
+            (
+                loss.to(device),
+                (p if p.ndim == 1 else p.argmax(dim=1)).to(device),
+                targets.to(device),
+            )
+            for loss, p, targets in state["outputs"]
+        ]
 
 
 class Saver:

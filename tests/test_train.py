@@ -208,13 +208,31 @@ def test_the_test_report(trained: Path, images: Path) -> None:
     assert results["classes"] == CLASSES
 
 
-def test_a_stop_arrives_between_two_rounds_of_the_test_report() -> None:
-    """With many images and classes all of them take longer than NNI's patience."""
-    targets = np.arange(300) % 3
-    probabilities = np.random.default_rng(0).dirichlet(np.ones(3), 300)
-    rounds = iter(range(5))
-    with pytest.raises(StopIteration):
-        report_vit.test_report(probabilities, targets, CLASSES, lambda: next(rounds))
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_auc_and_its_error_are_those_of_sklearn_and_of_resampling(classes: int) -> None:
+    generator = np.random.default_rng(classes)
+    targets = np.r_[np.arange(classes), np.arange(classes), generator.integers(0, classes, 200)]
+    scores = generator.normal(size=(len(targets), classes)) + 1.5 * np.eye(classes)[targets]
+    probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    if classes == 2:
+        probabilities = probabilities.round(1)  # many are equal
+    auc, error = report_vit.area_under_curve(probabilities, targets)
+    score = probabilities[:, 1] if classes == 2 else probabilities
+    assert auc == pytest.approx(roc_auc_score(targets, score, multi_class="ovr"), rel=1e-9)
+
+    members = [np.flatnonzero(targets == number) for number in range(classes)]
+    samples = [np.concatenate([generator.choice(m, len(m)) for m in members]) for _ in range(1000)]
+    resampled = [report_vit.measure(probabilities[s], targets[s])["auc"] for s in samples]
+    assert error == pytest.approx(np.std(resampled), rel=0.1)
+
+
+def test_auc_of_classes_with_few_images() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])
+    assert report_vit.area_under_curve(probabilities, np.array([0, 1, 1])) == (1.0, None)
+    assert report_vit.area_under_curve(probabilities, np.array([1, 1, 1])) == (None, None)
+    report = report_vit.test_report(probabilities, np.array([1, 1, 1]), ["cat", "dog"])
+    assert report["recall"] == {"cat": None, "dog": pytest.approx(200 / 3)}
+    assert report["auc"] is None and report["auc_95"] is None
 
 
 @pytest.mark.slow
@@ -285,6 +303,7 @@ def test_train_metrics_are_those_of_the_steps(
     output = train_on(no_test, epochs=1, lr=1e-12)
     line = read_lines(output)[0]
     expected = metrics_by_sklearn(*predict(output, no_test / "train"))
+    del expected["auc"]  # would need all the probabilities of an epoch
     assert {k: line[f"train_{k}"] for k in expected} == pytest.approx(expected, rel=1e-4)
 
 
