@@ -38,16 +38,18 @@ def training_step(
         state, args, len(images), lambda: gradient(state, images, labels, args, batch_size)
     )
     if distributed_vit.ranks() > 1:
-        loss, predicted, targets = of_all_ranks(state.model, loss, predicted, targets, batch_size)
+        loss, predicted, targets = of_all_ranks(
+            state.parameters, loss, predicted, targets, batch_size
+        )
     if args.clip_grad:
-        nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
+        nn.utils.clip_grad_norm_(state.parameters, args.clip_grad)
     try:
         state.optimizer.step()
     except torch.OutOfMemoryError:  # its moments, at the first step: smaller pieces would not help
         raise OutOfMemory(f"the model and the moments of {args.optimizer} {TOO_LARGE}") from None
     state.step += 1
     if state.ema:
-        state.ema.update(state.model, state.step)
+        state.ema.update(state.step)
     return loss, predicted, targets
 
 
@@ -119,14 +121,18 @@ def gradient(
 
 
 def of_all_ranks(
-    model: nn.Module, loss: Tensor, predicted: Tensor, targets: Tensor, batch_size: int
+    parameters: list[nn.Parameter],
+    loss: Tensor,
+    predicted: Tensor,
+    targets: Tensor,
+    batch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make the gradient that of the whole batch; loss, predictions, targets of the whole, on every rank.
 
     One message for the gradient and what metrics need: every rank then knows what one process would,
     so checkpoints are the same whatever the number of ranks. Raises RankLost.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    parameters = [p for p in parameters if p.grad is not None]
     own = share_of(batch_size, distributed_vit.rank(), distributed_vit.ranks())
     numbers = loss.new_zeros(2, batch_size)  # of classes: whole up to 2^24
     numbers[:, own] = torch.stack([predicted, targets]).to(loss.dtype)

@@ -55,7 +55,7 @@ def take_steps(state: TrainingState, count: int) -> None:
         state.optimizer.step()
         state.step += 1
         if state.ema:
-            state.ema.update(state.model, state.step)
+            state.ema.update(state.step)
         state.outputs.append((loss.detach(), logits.argmax(dim=1), targets))
 
 
@@ -230,7 +230,7 @@ def test_ema_is_warmed_up_and_follows() -> None:
     for step in range(1, 30):
         decay = min(0.5, (1 + step) / (10 + step))  # 2/11, 3/12, ... up to 0.5 from step 8 on
         expected = decay * expected + (1 - decay)
-        ema.update(model, step)
+        ema.update(step)
         assert ema.model[0].weight.item() == pytest.approx(expected, rel=1e-6)
     assert ema.model[1].running_mean.item() == 7.0
     assert not ema.model[0].weight.requires_grad and not ema.model.training
