@@ -29,7 +29,7 @@ ACTIONS = [action for action in PARSER._actions if action.dest != "help"]
 SAVED = [action for action in ACTIONS if action.dest not in NOT_SAVED | {"gpu"}]
 
 
-@pytest.fixture(params=[1, pytest.param(8, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.fixture(params=[1, pytest.param(3, marks=pytest.mark.slow)], ids=["few", "many"])
 def times(request: pytest.FixtureRequest) -> int:
     """How many times the examples of a default run."""
     return request.param
