@@ -227,7 +227,6 @@ def _build_cache(
 ) -> None:
     """Decode into a temporary file that becomes `file`."""
     row_length = int(np.prod(shape[1:], dtype=object))
-    checksums = np.full(shape[0], zlib.crc32(bytes(row_length)), "<u4")
     # A name that nobody else can have put a link under, where the folder is open to others.
     temporary = file.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     descriptor = None
@@ -237,6 +236,7 @@ def _build_cache(
             descriptor = os.open(temporary, flags, 0o666)
             # Claim the disk space now, rather than fail after an hour of decoding.
             os.posix_fallocate(descriptor, 0, HEADER_LENGTH + shape[0] * row_length)
+        checksums = np.full(shape[0], zlib.crc32(bytes(row_length)), "<u4")
 
         def keep(row: int, image: np.ndarray) -> None:
             content = image.tobytes()
@@ -302,7 +302,10 @@ def _room(cache_dir: Path, needed: int, limit: float | None, folder: Path) -> It
         yield
         return
     with _locked(cache_dir / "limit.lock"):
-        files = {f: f.stat() for f in cache_dir.iterdir() if f.suffix in (".npy", ".tmp")}
+        files = {}
+        for file in cache_dir.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another builder's, renamed by now
+                files |= {file: file.stat()} if file.suffix in (".npy", ".tmp") else {}
         used = sum(status.st_size for status in files.values())
         for file in sorted(files, key=lambda file: files[file].st_mtime_ns):
             if used + needed > limit and needed <= limit and file.suffix == ".npy" and remove(file):

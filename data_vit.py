@@ -25,9 +25,13 @@ from images_vit import (
 )
 
 DEMO_FOLDER = Path("dataset/digits")
+# Folders of these names beside each other are parts of a data set, hardly its classes.
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
-def hold_out(targets: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    targets: np.ndarray, fraction: float, seed: int, classes: list[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices (train, validation): a seeded `fraction` of every class, at least one image of each.
 
     Raises DataError if a class has a single image.
@@ -37,8 +41,9 @@ def hold_out(targets: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarra
     for number in np.unique(targets):
         members = generator.permutation(np.flatnonzero(targets == number))
         if len(members) < 2:
+            name = f"number {number}" if classes is None else f"folder {classes[number]}"
             raise DataError(
-                f"class number {number} has 1 image; training and validation need one each: "
+                f"class {name} has 1 image; training and validation need one each: "
                 "add images or a val/ folder"
             )
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
@@ -110,6 +115,11 @@ def _read_splits(
     has_train = is_folder(download_dir / "train")
     folders = {"train": read_image_folder(download_dir / "train" if has_train else download_dir)}
     classes = folders["train"].classes
+    if not has_train and (splits := [name for name in classes if name.lower() in SPLIT_NAMES]):
+        raise DataError(
+            f"{download_dir} has no train/, and {', '.join(splits)} would be classes: call its parts "
+            "train, val and test, or move its class folders into train/"
+        )
     if num_classes not in (None, len(classes)):
         raise DataError(
             f"--num-classes is {num_classes}, but {folders['train'].folder} has {len(classes)} class "
@@ -184,7 +194,7 @@ def open_data(
 
     if "val" not in splits:
         train = splits["train"]
-        parts = hold_out(train.targets[train.indices], val_split or 0.1, seed)
+        parts = hold_out(train.targets[train.indices], val_split or 0.1, seed, classes)
         splits["train"], splits["val"] = (
             Split(train.pixels, train.targets, train.indices[part]) for part in parts
         )

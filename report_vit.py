@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from data_vit import Data
+from images_vit import printable
 from utils_vit import replace_file
 
 # Direction in which a metric improves; accuracies are in percent, AUC in 0 to 1.
@@ -212,6 +214,8 @@ class Recorder:
 
     def first_batch(self, images: torch.Tensor) -> None:
         """Show images (batch, channels, size, size) in [-1, 1] in TensorBoard, as the model sees them."""
+        if not len(images):  # a batch can be smaller than the number of processes
+            return
         shown = (images[:16].cpu() + 1) / 2
         self._events(1).add_images("train/first_batch", shown.clamp(0, 1), 1)
 
@@ -281,8 +285,12 @@ def draw_confusion_matrix(
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=color)
     if len(classes) <= 100:  # nor would the names
+        # Folders can have any names: bytes, formulas to matplotlib, letters that its font lacks.
+        names = [printable(name).replace("$", r"\$") for name in classes]
         ticks = range(len(classes))
-        axes.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(ticks, classes)
+        axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(ticks, names)
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    figure.savefig(file, dpi=120)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure.savefig(file, dpi=120)

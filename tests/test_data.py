@@ -142,8 +142,13 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path, make_images: MakeImag
     with pytest.raises(DataError, match="dog has no images"):
         open_small(tmp_path / "data")
     make_images(tmp_path / "data", ["dog"], 1)
-    with pytest.raises(DataError, match="1 image.* one each"):
+    with pytest.raises(DataError, match="class folder dog has 1 image; .* one each"):
         open_small(tmp_path / "data")
+    make_images(tmp_path / "parts", ["cat", "dog"], 2)
+    (tmp_path / "parts" / "cat").rename(tmp_path / "parts" / "Training")
+    (tmp_path / "parts" / "dog").rename(tmp_path / "parts" / "Testing")
+    with pytest.raises(DataError, match="no train/, and Testing, Training would be classes"):
+        open_small(tmp_path / "parts")
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,21 @@ def test_pictures_of_many_classes(
         assert picture.width == 3600
 
 
+def test_classes_of_any_name(
+    make_images: Callable[..., Path], run_main: RunMain, tmp_path: Path
+) -> None:
+    """A formula to matplotlib, bytes that are no text, letters that its font lacks."""
+    names = ["$^$", os.fsdecode(b"caf\xe9"), "\uace0\uc591\uc774"]
+    for part in ("train", "test"):
+        make_images(tmp_path / part, CLASSES, 3)
+        for known, name in zip(CLASSES, names, strict=True):
+            (tmp_path / part / known).rename(tmp_path / part / name)
+    where = ("--download-dir", tmp_path, "--model-dir", tmp_path / "run")
+    result = run_main(*where, *options(TINY | {"epochs": 1}))
+    assert (result.status, result.stderr) == (0, "")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["classes"] == sorted(names)
+
+
 def test_ema_weights_are_the_selected_ones(trained: Path, images: Path) -> None:
     saved = state_of(trained, "model_best")
     if saved["ema"] is None:
@@ -289,7 +304,7 @@ def test_curves_pictures_and_parameters(trained: Path, read_lines: ReadLines) ->
     assert parameters == state_of(trained)["args"] == state_of(trained, "model_best")["args"]
     assert parameters["patch_num"] == 2 and parameters["scheduler"] == "cosine"
     last = state_of(trained)
-    assert last["step"] == 5 * STEPS == lines[-1]["step"] and last["outputs"] == []
+    assert last["step"] == 5 * STEPS == lines[-1]["step"] and last["outputs"] == {}
     assert sorted(os.listdir(trained)) == [
         *("args.yaml", "checkpoint.pth.tar", "confusion_matrix.png", "metrics.jsonl"),
         *("metrics.png", "model_best.pth.tar", "previous.pth.tar", "results.json", "tensorboard"),
