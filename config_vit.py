@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import utils_vit
@@ -160,6 +161,19 @@ def what_still_holds(file: dict[str, Any], given: dict[str, Any]) -> dict[str, A
         void.add("patch_num")
     if "download_dir" in given:
         void.add("num_classes")
+    # What is as it follows from others in the file follows from what they are now.
+    optimizer, heads = file.get("optimizer"), file.get("vt_heads")
+    followed = {
+        "lr": ({"optimizer"}, LEARNING_RATE.get(optimizer)),
+        "weight_decay": ({"optimizer"}, default_weight_decay(optimizer)),
+        "dim_head": ({"vt_dim", "vt_heads"}, heads and max(1, file.get("vt_dim", 0) // heads)),
+        "warmup_epochs": ({"epochs"}, file.get("epochs", 0) / 10),
+    }
+    void |= {
+        name
+        for name, (parents, value) in followed.items()
+        if given.keys() & parents and file.get(name) == value
+    }
     if "arch" in given:
         void |= ARCH_DEFAULTS.keys() - arch_arguments(given["arch"])
     return {name: value for name, value in file.items() if name not in void}
@@ -171,6 +185,11 @@ def arch_arguments(arch: str) -> set[str]:
         return vit.model_arguments(arch)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def default_weight_decay(optimizer: str) -> float:
+    """Larger for adamw, where it acts beside the gradient and not within it."""
+    return 0.05 if optimizer == "adamw" else 1e-4
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -190,8 +209,9 @@ def continue_given(parser: Parser, given: dict[str, Any]) -> dict[str, Any]:
     """What --resume continues: the parameters of the checkpoint, and those given that may change."""
     if "init_from" in given:
         raise UsageError("--resume continues a run and --init-from starts one: give one of them")
-    state, _ = utils_vit.load_newest(given["resume"])
+    state, _, _ = utils_vit.load_newest(given["resume"])
     saved = parser.given_by(str(given["resume"]), state["args"])
+    saved.pop("gpu", None)  # checkpoints of before 2026-11-26 have it
     changes = differences(saved, {**saved, **given})
     if changes:
         raise UsageError(
@@ -247,7 +267,7 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
     if args.lr is None:
         args.lr = LEARNING_RATE[args.optimizer]
     if args.weight_decay is None:
-        args.weight_decay = 0.05 if args.optimizer == "adamw" else 1e-4
+        args.weight_decay = default_weight_decay(args.optimizer)
     if args.moving_average_decay == 1:
         raise UsageError("moving_average_decay 1 would keep the initial weights: give less than 1")
 
@@ -260,6 +280,8 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
         if name in accepted and getattr(args, name) is None:
             whole_heads = max(1, args.vt_dim // args.vt_heads)
             setattr(args, name, whole_heads if name == "dim_head" else value)
+    if args.arch != "vit":
+        check_model(args)
 
     if args.gpu is not None and args.gpu >= (gpus := utils_vit.usable_gpus()):
         raise UsageError(
@@ -292,6 +314,27 @@ def check_budget(args: argparse.Namespace) -> None:
         )
 
 
+def model_sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `vit.build_model` that are parameters, less the depth."""
+    return {
+        "image_size": args.image_size, "patch_size": args.patch_size, "channels": args.channel,
+        "dim": args.vt_dim, "heads": args.vt_heads, "mlp_dim": args.mlp_dim,
+        "dim_head": args.dim_head, "pool": args.pool, "dropout": args.dropout,
+        "emb_dropout": args.emb_dropout,
+    }  # fmt: skip
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raises UsageError for sizes that an architecture of vit-pytorch asserts to be others."""
+    try:
+        with torch.device("meta"):
+            vit.build_model(args.arch, num_classes=2, depth=1, **model_sizes(args))
+    except AssertionError as error:
+        raise UsageError(f"arch {args.arch} cannot be built: {error or 'other sizes'}") from None
+    except Exception:  # something that this device lacks, say
+        return
+
+
 def divide_patches(args: argparse.Namespace) -> None:
     """patch_size = image_size / patch_num, whole."""
     size = args.image_size
@@ -315,7 +358,7 @@ def divide_patches(args: argparse.Namespace) -> None:
 
 def saved_parameters(args: argparse.Namespace) -> dict[str, Any]:
     """What args.yaml and checkpoints hold: every parameter with an effect, as plain types."""
-    # A run that is repeated must not write where the first one did.
-    left_out = NOT_SAVED | {"save_checkpoint_dir"}
+    # A run that is repeated must not write where the first one did, and may have other GPUs.
+    left_out = NOT_SAVED | {"save_checkpoint_dir", "gpu"}
     values = {k: v for k, v in vars(args).items() if k not in left_out and v is not None}
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         remedy = (
-            "what was saved before is whole, and --auto-resume goes on from it once this is cured"
+            "what was saved before is whole: --resume its checkpoint.pth.tar once this is cured"
         )
         complain(f"{UsageError(str(error))}; {remedy}", alone=True)
         return 1
@@ -103,7 +103,7 @@ def complain(text: str, alone: bool = False) -> None:
 def main_worker(
     args: argparse.Namespace, trial: nni_vit.Trial | None, until_end: ExitStack
 ) -> None:
-    """One run, from the images to results.json. All that is written, logged and reported is so from here.
+    """One run, from the images to results.json.
 
     Of several processes all compute the same, and rank 0 alone writes, logs and reports. The run's
     folder is its own `until_end`.
@@ -111,8 +111,6 @@ def main_worker(
     args, device, output, data, state = setup_vit.set_up(args, trial, until_end)
     leads = distributed_vit.rank() == 0
     parameters = setup_vit.saved_parameters(args)
-    if leads:
-        utils_vit.replace_file(output / "args.yaml", yaml.safe_dump(parameters).encode())
     for line in report_vit.describe(args, device, data, state.model, output, state.step):
         log.info(line)
 
@@ -127,13 +125,16 @@ def main_worker(
 
     finished = distributed_vit.from_rank_0(lambda: report_vit.has_results(output, state.step))
     if finished and not unfinished():
-        log.info(f"this run is finished: {output}/results.json; --epochs makes it longer")
+        limit = "--stop-epoch" if args.stop_epoch else "--epochs"
+        limit = "--max-steps" if total_steps == args.max_steps else limit
+        log.info(f"this run is finished: {output}/results.json; {limit} makes it longer")
         if trial:
             trial.finish(nni_metrics(state.best, args.metric))
         return
     # Only whole epochs that a checkpoint knows of keep their line; any other will be run again.
     whole_epochs = state.validated // steps_per_epoch * steps_per_epoch
     if leads:
+        utils_vit.replace_file(output / "args.yaml", yaml.safe_dump(parameters).encode())
         recorder = report_vit.Recorder(output, whole_epochs if unfinished() else state.step)
         if trial:
             # One of PBT starts within a training, with another trial's epochs or none.
@@ -173,7 +174,7 @@ def main_worker(
                 saver.save(state, is_best)
             [state.pieces] = distributed_vit.largest(state.pieces)
             if state.pieces > pieces:
-                log.info(f"GPU memory was short: batches are now taken in {state.pieces} pieces")
+                log.info(f"memory was short: batches are now taken in {state.pieces} pieces")
             log.info(report_vit.epoch_text(line, last_epoch, is_best))
             if trial:
                 trial.report(line["epoch"], nni_metrics(line, args.metric))

@@ -23,7 +23,7 @@ import distributed_vit
 import nni_vit
 import utils_vit
 import vit
-from config_vit import UsageError, differences, saved_parameters
+from config_vit import UsageError, differences, model_sizes, saved_parameters
 from utils_vit import CheckpointError, TrainingState
 
 
@@ -31,9 +31,10 @@ def set_up(
     args: argparse.Namespace, trial: nni_vit.Trial | None, until_end: ExitStack
 ) -> tuple[argparse.Namespace, torch.device, Path, data_vit.Data, TrainingState]:
     """All that training needs; the parameters come back complete, and the same on all ranks."""
+    any_precision = args.precision == "auto"
     device = choose_device(args, trial)
     args, output = distributed_vit.from_rank_0(
-        lambda: (args, output_folder(args, trial, until_end))
+        lambda: (args, output_folder(args, trial, any_precision, until_end))
     )
     data = distributed_vit.together(lambda: open_data(args))
     args, notes = distributed_vit.from_rank_0(
@@ -54,11 +55,15 @@ def set_up(
 
 
 def output_folder(
-    args: argparse.Namespace, trial: nni_vit.Trial | None, until_end: ExitStack
+    args: argparse.Namespace,
+    trial: nni_vit.Trial | None,
+    any_precision: bool,
+    until_end: ExitStack,
 ) -> Path:
     """The folder that this run alone writes to, and no other process `until_end`.
 
-    Raises UsageError if it cannot be written, is in use, or holds another run.
+    A run that it holds goes on, where that is wanted, and keeps its precision if `any_precision` will
+    do. Raises UsageError if the folder cannot be written, is in use, or holds another run.
     """
     if trial and trial.output_dir:
         folder = trial.output_dir
@@ -70,6 +75,8 @@ def output_folder(
             )
     elif args.model_dir:
         folder = args.model_dir
+    elif args.auto_resume:
+        raise UsageError("--auto-resume needs --model-dir, the folder of the run to go on with")
     else:
         folder = Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{args.seed}")
     # After the death of NNI's manager the same trial may still be saving in its earlier process.
@@ -96,7 +103,9 @@ def output_folder(
         saved = utils_vit.load_newest(checkpoint)[0]["args"]
         args.num_classes = args.num_classes or saved["num_classes"]
         if args.warmup_epochs == args.epochs / 10 and saved["epochs"] != args.epochs:
-            args.warmup_epochs = saved["warmup_epochs"]  # not given: a longer run keeps its own
+            args.warmup_epochs = saved.get("warmup_epochs")  # not given: a longer run keeps its own
+        if any_precision:
+            args.precision = saved["precision"]  # that of another machine, say
         if changes := differences(saved, saved_parameters(args)):
             raise UsageError(f"{folder} holds a run with other parameters: {changes}")
         args.resume = checkpoint
@@ -266,11 +275,8 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
     torch.manual_seed(utils_vit.seed_for(args.seed, "weights"))
     try:
         model = vit.build_model(
-            args.arch, image_size=args.image_size, patch_size=args.patch_size, channels=args.channel,
-            num_classes=args.num_classes, dim=args.vt_dim, depth=args.vt_depth, heads=args.vt_heads,
-            mlp_dim=args.mlp_dim, dim_head=args.dim_head, pool=args.pool, dropout=args.dropout,
-            emb_dropout=args.emb_dropout,
-        ).to(device)  # fmt: skip
+            args.arch, num_classes=args.num_classes, depth=args.vt_depth, **model_sizes(args)
+        ).to(device)
     except (RuntimeError, TypeError) as error:  # so many parameters that torch cannot hold them
         reason = str(error).splitlines()[0]
         raise UsageError(f"a model of these sizes cannot be built: {reason}") from None
@@ -299,7 +305,7 @@ def continue_run(state: TrainingState, file: Path, data: data_vit.Data) -> list[
 
 def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | None]:
     """A checkpoint that a run with these data can go on with, and what to say of it."""
-    saved, note = utils_vit.load_newest(file)
+    saved, source, note = utils_vit.load_newest(file)
     if saved["classes"] != data.classes:
         raise CheckpointError(f"checkpoint {file} is of other classes than the data")
     if saved["train_images"] != len(data.train):
@@ -307,8 +313,11 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
             f"checkpoint {file} is of {saved['train_images']:,} training images, here are "
             f"{len(data.train):,}: --init-from starts a new run from its weights"
         )
-    if saved["best"] and not file.with_name(utils_vit.BEST).exists():
-        raise CheckpointError(f"{file.parent} has no {utils_vit.BEST}, which the run goes on with")
+    if saved["best"]:
+        utils_vit.load_checkpoint(file.with_name(utils_vit.BEST))  # better now than at the end
+    if source != file:
+        with suppress(OSError):  # else the next save would keep the damaged one as the one before
+            utils_vit.link_or_copy(source, file)
     return saved, note
 
 

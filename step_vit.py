@@ -14,7 +14,7 @@ import utils_vit
 from data_vit import share_of
 from utils_vit import OutOfMemory, RunFailed, TrainingState
 
-TOO_LARGE = "do not fit into the GPU's memory: half the --vt-dim or --vt-depth takes half or less"
+TOO_LARGE = "do not fit into memory: half the --vt-dim or --vt-depth takes half or less"
 
 
 def training_step(
@@ -74,7 +74,11 @@ def in_pieces(
     while True:
         try:
             return work()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not (
+                isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+            ):
+                raise
             if state.pieces >= images:
                 raise OutOfMemory(
                     f"a single image of {args.image_size} x {args.image_size} in {args.patch_num} x "

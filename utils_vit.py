@@ -125,19 +125,21 @@ def load_checkpoint(filename: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_newest(filename: Path) -> tuple[dict[str, Any], str | None]:
-    """The state to go on from at a checkpoint, and what to say if it is another's. Raises CheckpointError.
+def load_newest(filename: Path) -> tuple[dict[str, Any], Path, str | None]:
+    """The state to go on from at a checkpoint, its file, and what to say if that is another.
+
+    Raises CheckpointError.
 
     If it is damaged that is the one before it. Either way it is the best if that is of a later step,
     else the best would be of an epoch that the run does not know of, and may not come to again.
     """
-    note = None
+    source, note = filename, None
     try:
         state = load_checkpoint(filename)
     except CheckpointError as error:
-        if not os.path.exists(previous := filename.with_name(PREVIOUS)):
+        if not os.path.exists(source := filename.with_name(PREVIOUS)):
             raise
-        state, note = load_checkpoint(previous), f"{error}: going on from {previous}"
+        state, note = load_checkpoint(source), f"{error}: going on from {source}"
     file = filename.with_name(BEST)
     with suppress(CheckpointError):  # missing, or damaged, and then a better one may replace it
         best = load_checkpoint(file)
@@ -145,8 +147,8 @@ def load_newest(filename: Path) -> tuple[dict[str, Any], str | None]:
             reason = (
                 note.partition(": going on")[0] if note else f"{filename} is of an earlier step"
             )
-            return best, f"{reason}: going on from {file}"
-    return state, note
+            return best, file, f"{reason}: going on from {file}"
+    return state, source, note
 
 
 def selected_weights(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -225,7 +227,7 @@ class TrainingState:
             "step": self.step,
             "validated": self.validated,
             "best": self.best,
-            "outputs": self.outputs,
+            "outputs": packed(self.outputs),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -241,15 +243,30 @@ class TrainingState:
         device = next(self.model.parameters()).device
         self.epoch, self.step, self.validated = state["epoch"], state["step"], state["validated"]
         self.best = state["best"]
-        self.outputs = [
-            # Checkpoints of before 2026-11-26 have the logits (batch, classes) there.
-            (
-                loss.to(device),
-                (p if p.ndim == 1 else p.argmax(dim=1)).to(device),
-                targets.to(device),
-            )
-            for loss, p, targets in state["outputs"]
-        ]
+        self.outputs = [tuple(t.to(device) for t in step) for step in unpacked(state["outputs"])]
+
+
+def packed(outputs: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The outputs of an epoch's steps as four tensors: three for each step would take seconds to save."""
+    if not outputs:
+        return {}
+    losses, predicted, targets = zip(*outputs, strict=True)
+    sizes = torch.tensor([len(part) for part in targets])
+    parts = {"predicted": torch.cat(predicted), "targets": torch.cat(targets), "sizes": sizes}
+    return {"losses": torch.stack(losses), **parts}
+
+
+def unpacked(
+    outputs: dict[str, Tensor] | list[tuple[Tensor, Tensor, Tensor]],
+) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """What `packed` packed; of checkpoints of before 2026-11-26 a list with logits (batch, classes)."""
+    if isinstance(outputs, list):
+        return [(loss, logits.argmax(dim=1), targets) for loss, logits, targets in outputs]
+    if not outputs:
+        return []
+    sizes = outputs["sizes"].tolist()
+    parts = (outputs[name].split(sizes) for name in ("predicted", "targets"))
+    return zip(outputs["losses"], *parts, strict=True)
 
 
 class Saver:

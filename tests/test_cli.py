@@ -335,6 +335,50 @@ def test_args_yaml_of_a_run_on_other_images(
     assert result.status == 0 and "3 classes" in result.stdout, result.stderr
 
 
+def test_what_follows_from_a_changed_parameter_of_args_yaml(tmp_path: Path) -> None:
+    """A value that was a default follows; one that somebody chose stays."""
+    file = tmp_path / "args.yaml"
+    given = {"epochs": 3, "optimizer": "adamw", "vt_dim": 256, "vt_heads": 8}
+    file.write_text(yaml.safe_dump(setup_vit.saved_parameters(resolve_of(**given))))
+    again = resolve_of(config=file, optimizer="sgd", vt_dim=64, epochs=100)
+    assert (again.lr, again.weight_decay, again.dim_head, again.warmup_epochs) == (
+        0.02,
+        1e-4,
+        8,
+        10,
+    )
+    chosen = {"lr": 0.1, "weight_decay": 0.2, "dim_head": 5, "warmup_epochs": 1}
+    file.write_text(yaml.safe_dump(setup_vit.saved_parameters(resolve_of(**given, **chosen))))
+    again = resolve_of(config=file, optimizer="sgd", vt_dim=64, epochs=100)
+    assert {name: getattr(again, name) for name in chosen} == chosen
+
+
+def resolve_of(**given: Any) -> Any:
+    return resolve(
+        main_vit.make_parser(), [f"--{k.replace('_', '-')}={v}" for k, v in given.items()]
+    )
+
+
+def test_sizes_that_an_architecture_refuses() -> None:
+    with pytest.raises(UsageError, match="arch simple_vit cannot be built: .*multiple of 4"):
+        resolve_of(arch="simple_vit", vt_dim=30, vt_heads=2)
+    assert resolve_of(arch="simple_vit", vt_dim=32, vt_heads=2).vt_dim == 32
+    with pytest.raises(UsageError, match="arch 'na_vit_nested_tensor' is neither"):
+        resolve_of(arch="na_vit_nested_tensor")
+
+
+def test_auto_resume_needs_a_folder(run_main) -> None:
+    result = run_main(*TINY, "--auto-resume")
+    assert result.status == 2 and "--auto-resume needs --model-dir" in result.stderr
+
+
+def test_images_too_large_for_any_memory(image_folder: Path, run_main) -> None:
+    argv = ["--download-dir", image_folder, "--image-size", 4_000_000, "--patch-num", 2]
+    result = run_main(*argv)
+    assert result.status == 2 and "cannot be kept" in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 # --- errors: one line on stderr, exit status 2, before anything is written -----------------------
 
 

@@ -40,7 +40,7 @@ def failure(process: subprocess.Popen) -> str:
     """The one line on stderr of a run that failed and lost nothing."""
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and stderr.count("\n") == 1, stderr
-    assert "what was saved before is whole, and --auto-resume goes on" in stderr
+    assert "what was saved before is whole: --resume its checkpoint.pth.tar once" in stderr
     return stderr
 
 

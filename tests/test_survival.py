@@ -20,6 +20,7 @@ from test_train import equal
 from torch import nn
 
 import main_vit
+import setup_vit
 import step_vit
 from config_vit import resolve
 from utils_vit import (
@@ -112,9 +113,77 @@ def test_auto_resume(image_folder: Path, run_main: RunMain, read_lines, tmp_path
     result = run_main(*folder, tmp_path / "part")
     assert result.status == 0 and "--epochs makes it longer" in result.stdout
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.*")}
-    assert {path.name for path in before if before[path] != after[path]} <= {"args.yaml"}
+    assert before == after
     assert run_main(*folder, tmp_path / "whole", "--epochs", 4).status == 0  # as --resume would
     assert len(read_lines(tmp_path / "whole")) == 4
+
+
+def test_auto_resume_keeps_the_precision_of_another_machine(
+    image_folder: Path, run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [a for a in TINY if a not in ("--precision", "float32")]
+    argv = ["--download-dir", image_folder, *argv, "--auto-resume", "--model-dir", tmp_path / "run"]
+    for steps, bfloat16 in ((16, False), (20, True)):
+        monkeypatch.setattr(setup_vit, "has_bfloat16", lambda device, answer=bfloat16: answer)
+        result = run_main(*argv, "--max-steps", steps)
+        assert result.status == 0, result.stderr
+        assert ", float32" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "line"),
+    [
+        (["--gamma", "0.9"], ["--epochs", "4"], "other parameters: gamma 0.9 -> None"),
+        (["--max-steps", "3"], ["--max-steps", "3"], "--max-steps makes it longer"),
+        (["--stop-epoch", "1"], ["--stop-epoch", "1"], "--stop-epoch makes it longer"),
+    ],
+)
+def test_auto_resume_says_what_to_change(
+    first: list[str], second: list[str], line: str, image_folder: Path, run_main: RunMain,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    argv = ["--download-dir", image_folder, *TINY, "--auto-resume", "--model-dir", tmp_path / "run"]
+    assert run_main(*argv, *first).status == 0
+    result = run_main(*argv, *second)
+    assert line in result.stdout + result.stderr
+    assert result.status == (2 if "other" in line else 0) and result.stderr.count("\n") <= 1
+
+
+def test_the_checkpoint_gone_on_from_is_kept(
+    image_folder: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    """The first save after a fall back keeps it as the one before, not the damaged one."""
+    argv = ["--download-dir", image_folder, *TINY, "--model-dir", tmp_path, "--epochs", "2"]
+    assert run_main(*argv).status == 0
+    last = tmp_path / "checkpoint.pth.tar"
+    last.write_bytes(last.read_bytes()[:-1])
+    (tmp_path / "model_best.pth.tar").write_bytes((tmp_path / "previous.pth.tar").read_bytes())
+    result = run_main("--resume", last)
+    assert result.status == 0 and "going on from" in result.stdout, result.stderr
+    assert load_checkpoint(last)["step"] == 32
+    assert load_checkpoint(tmp_path / "previous.pth.tar")["step"] == 16
+
+
+def test_a_damaged_best_is_noticed_at_the_start(
+    image_folder: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    argv = ["--download-dir", image_folder, *TINY, "--model-dir", tmp_path]
+    assert run_main(*argv, "--max-steps", 20).status == 0
+    (tmp_path / "model_best.pth.tar").write_bytes(b"damaged")
+    result = run_main("--resume", tmp_path / "checkpoint.pth.tar")
+    assert result.status == 2 and "model_best.pth.tar is damaged" in result.stderr
+
+
+def test_a_run_goes_on_without_the_gpu_it_was_given(
+    image_folder: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    argv = ["--download-dir", image_folder, *TINY, "--model-dir", tmp_path]
+    assert run_main(*argv, "--max-steps", 20).status == 0
+    last = tmp_path / "checkpoint.pth.tar"
+    state = load_checkpoint(last)
+    state["args"]["gpu"] = 7  # as checkpoints once had
+    save_checkpoint(state, False, last)
+    assert run_main("--resume", last, "--max-steps", 22).status == 0
 
 
 def test_killed_between_the_line_of_an_epoch_and_its_checkpoint(
@@ -288,38 +357,48 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
     assert whole.status == 0 and differing(tmp_path / "whole", output, read_lines) == []
 
 
-# --- too little GPU memory ----------------------------------------------------------------------------
+# --- too little memory --------------------------------------------------------------------------------
 
 
 class SmallMemory(nn.Module):
-    """A model that a GPU has no room for with more than `most` images at a time."""
+    """A model that there is no room for with more than `most` images at a time."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, error: Exception) -> None:
         super().__init__()
-        self.most = most
+        self.most, self.error = most, error
         self.flatten, self.head = nn.Flatten(), nn.Linear(12, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if len(images) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return self.head(self.flatten(images))
 
 
-def step_with_memory_for(most: int) -> TrainingState:
+# As torch says it of a GPU, and of the machine.
+TOO_LITTLE = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:122] . DefaultCPUAllocator: can't allocate memory"
+    ),
+]
+
+
+def step_with_memory_for(most: int, error: Exception = TOO_LITTLE[0]) -> TrainingState:
     args = resolve(main_vit.make_parser(), ["--precision=float32", "--label-smoothing=0.1"])
     generator = torch.Generator().manual_seed(0)
     images, targets = torch.randn(10, 3, 2, 2, generator=generator), torch.arange(10) % 3
     torch.manual_seed(0)
-    model = SmallMemory(most)
+    model = SmallMemory(most, error)
     state = TrainingState(model, make_optimizer("sgd", model, 0.1, 0, 0), None)
     _, predicted, _ = step_vit.training_step(state, images, targets, args)
     assert predicted.shape == (10,)
     return state
 
 
+@pytest.mark.parametrize("error", TOO_LITTLE)
 @pytest.mark.parametrize(("most", "pieces"), [(9, 2), (4, 4), (1, 16)])
-def test_a_batch_too_large_is_taken_in_pieces(most: int, pieces: int) -> None:
-    whole, small = step_with_memory_for(10), step_with_memory_for(most)
+def test_a_batch_too_large_is_taken_in_pieces(most: int, pieces: int, error: Exception) -> None:
+    whole, small = step_with_memory_for(10), step_with_memory_for(most, error)
     assert (whole.pieces, small.pieces) == (1, pieces)
     torch.testing.assert_close(small.model.state_dict(), whole.model.state_dict())
     torch.testing.assert_close(small.model.head.weight.grad, whole.model.head.weight.grad)
@@ -330,12 +409,14 @@ def test_an_image_too_large_ends_the_run() -> None:
         RunFailed, match="a single image of 16 x 16 in 4 x 4 patches and its model do not fit"
     ):
         step_with_memory_for(0)
+    with pytest.raises(RuntimeError, match="another"):
+        step_with_memory_for(0, RuntimeError("another"))
 
 
 def test_validation_is_taken_in_pieces_too() -> None:
     args = resolve(main_vit.make_parser(), ["--precision=float32"])
     images = torch.randn(10, 3, 2, 2)
-    model = SmallMemory(3)
+    model = SmallMemory(3, TOO_LITTLE[0])
     state = TrainingState(model, make_optimizer("sgd", model, 0.1, 0, 0), 0.9)
     expected = model.head(model.flatten(images))
     torch.testing.assert_close(step_vit.logits_of(state, images, args), expected)

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,19 @@ def test_state_goes_through_a_file_to_the_bit(
     take_steps(state, 2)
     take_steps(copy, 2)
     assert_equal(copy.state_dict(), state.state_dict())
+
+
+def test_outputs_of_many_steps_are_few_entries_of_a_file(tmp_path: Path) -> None:
+    """NNI waits five seconds for a trial that it stops, and an epoch can have 40,000 steps."""
+    state, copy = small_state(), small_state()
+    take_steps(state, 1)
+    save_checkpoint(state.state_dict(), False, tmp_path / "one")
+    state.outputs *= 1000
+    save_checkpoint(state.state_dict(), False, tmp_path / "thousand")
+    with zipfile.ZipFile(tmp_path / "one") as one, zipfile.ZipFile(tmp_path / "thousand") as other:
+        assert len(one.namelist()) == len(other.namelist())
+    copy.load_state_dict(load_checkpoint(tmp_path / "thousand"))
+    assert_equal(copy.outputs, state.outputs)
 
 
 def test_outputs_of_an_older_checkpoint_are_understood() -> None:
