@@ -161,19 +161,17 @@ def what_still_holds(file: dict[str, Any], given: dict[str, Any]) -> dict[str, A
         void.add("patch_num")
     if "download_dir" in given:
         void.add("num_classes")
-    # What is as it follows from others in the file follows from what they are now.
-    optimizer, heads = file.get("optimizer"), file.get("vt_heads")
+    # What is in the file as it follows from others there follows from what they are now.
     followed = {
-        "lr": ({"optimizer"}, LEARNING_RATE.get(optimizer)),
-        "weight_decay": ({"optimizer"}, default_weight_decay(optimizer)),
-        "dim_head": ({"vt_dim", "vt_heads"}, heads and max(1, file.get("vt_dim", 0) // heads)),
-        "warmup_epochs": ({"epochs"}, file.get("epochs", 0) / 10),
+        "lr": (["optimizer"], LEARNING_RATE.get),
+        "weight_decay": (["optimizer"], default_weight_decay),
+        "dim_head": (["vt_dim", "vt_heads"], lambda dim, heads: max(1, dim // heads)),
+        "warmup_epochs": (["epochs"], lambda epochs: epochs / 10),
     }
-    void |= {
-        name
-        for name, (parents, value) in followed.items()
-        if given.keys() & parents and file.get(name) == value
-    }
+    for name, (parents, value) in followed.items():
+        known = file.keys() >= set(parents) and given.keys() & parents
+        if known and file.get(name) == value(*(file[parent] for parent in parents)):
+            void.add(name)
     if "arch" in given:
         void |= ARCH_DEFAULTS.keys() - arch_arguments(given["arch"])
     return {name: value for name, value in file.items() if name not in void}

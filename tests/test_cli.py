@@ -351,6 +351,10 @@ def test_what_follows_from_a_changed_parameter_of_args_yaml(tmp_path: Path) -> N
     file.write_text(yaml.safe_dump(setup_vit.saved_parameters(resolve_of(**given, **chosen))))
     again = resolve_of(config=file, optimizer="sgd", vt_dim=64, epochs=100)
     assert {name: getattr(again, name) for name in chosen} == chosen
+    chosen = {"weight_decay": 1e-4, "dim_head": 1, "warmup_epochs": 0}  # and nothing else
+    file.write_text(yaml.safe_dump(chosen))
+    again = resolve_of(config=file, optimizer="adamw", vt_dim=64, epochs=100)
+    assert {name: getattr(again, name) for name in chosen} == chosen
 
 
 def resolve_of(**given: Any) -> Any:
