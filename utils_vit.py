@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import io
 import logging
 import math
@@ -313,14 +314,22 @@ def make_optimizer(
     ]
     match name:
         case "adam":
-            return torch.optim.Adam(groups, lr, fused=True)
+            return light(torch.optim.Adam)(groups, lr, fused=True)
         case "adamw":
-            return torch.optim.AdamW(groups, lr, fused=True)
+            return light(torch.optim.AdamW)(groups, lr, fused=True)
         case "sgd":
-            return torch.optim.SGD(groups, lr, momentum=momentum, fused=True)
+            return light(torch.optim.SGD)(groups, lr, momentum=momentum, fused=True)
         case "rmsprop":
-            return torch.optim.RMSprop(groups, lr, momentum=momentum)
+            return light(torch.optim.RMSprop)(groups, lr, momentum=momentum)
     raise ValueError(f"optimizer '{name}' is not adam, adamw, sgd or rmsprop")
+
+
+def light(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """`kind` without its ties to torch.compile, whose import takes a second of every run."""
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), methods)
 
 
 def adjust_learning_rate(

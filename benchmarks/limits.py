@@ -230,9 +230,9 @@ def choices(
                 as_it_is()
 
         variants[title] = with_attention
-    fused_adam = torch.optim.Adam
+    start = torch.optim.Adam.__init__
     unfused = patch.object(
-        torch.optim, "Adam", lambda *a, **k: fused_adam(*a, **{**k, "fused": None})
+        torch.optim.Adam, "__init__", lambda *a, **k: start(*a, **{**k, "fused": None})
     )
     with unfused:
         variants["optimizer not fused"] = stepper(options, device)

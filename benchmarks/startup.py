@@ -57,7 +57,7 @@ after(data_vit, "decode_folder", "open the cache")
 after(setup_vit, "open_data", "split")
 import vit
 after(vit, "build_model", "model")
-after(setup_vit, "make_state", "optimizer (torch imports its compiler)")
+after(setup_vit, "make_state", "optimizer")
 def first_step(*args):
     part("log, first batch")
     print("PARTS", json.dumps(parts), flush=True)

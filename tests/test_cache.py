@@ -478,7 +478,7 @@ trial.finish({"default": 10 * seen + alone})
 # --- what a run loads -------------------------------------------------------------------------------
 
 LATE = {"matplotlib", "sklearn", "scipy", "pandas", "tensorboard", "torchvision", "nni", "requests"}
-LATE |= {"vit_pytorch", "check_vit"}
+LATE |= {"vit_pytorch", "check_vit", "torch._dynamo"}
 
 
 def test_what_is_loaded_when(image_folder: Path, home: Path) -> None:
