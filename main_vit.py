@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         text = f"{error}; what was saved before is whole"
         complain(text, alone=isinstance(error, OutOfMemory))
         return 1
+    except torch.OutOfMemoryError:  # beside the steps, which take a batch in pieces
+        complain("the GPU has no memory left; what was saved before is whole", alone=True)
+        return 1
     except OSError as error:
         remedy = (
             "what was saved before is whole: --resume its checkpoint.pth.tar once this is cured"

@@ -176,6 +176,9 @@ def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torc
             torch.cuda.set_device(turn)  # NCCL asks for it
         device = torch.device("cuda", turn if args.gpu is None else args.gpu)
         torch.cuda.set_device(device)
+        if args.deterministic:  # with warn_only they only warn that their backward is not
+            for kernel in ("flash", "mem_efficient", "cudnn"):
+                getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(False)
     if args.precision == "auto":
         args.precision = "bfloat16" if has_bfloat16(device) else "float32"
     return device

@@ -14,6 +14,8 @@ import utils_vit
 from data_vit import share_of
 from utils_vit import OutOfMemory, RunFailed, TrainingState
 
+# As CUDA itself, cuBLAS and the allocator of host memory say it; torch's on a GPU has an error of its own.
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 TOO_LARGE = "do not fit into memory: half the --vt-dim or --vt-depth takes half or less"
 
 
@@ -75,9 +77,8 @@ def in_pieces(
         try:
             return work()
         except RuntimeError as error:
-            if not (
-                isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-            ):
+            known = any(text in str(error) for text in OUT_OF_MEMORY)
+            if not (known or isinstance(error, torch.OutOfMemoryError)):
                 raise
             if state.pieces >= images:
                 raise OutOfMemory(
@@ -153,7 +154,7 @@ def seed_dropout(device: torch.device, seed: int) -> None:
     # torch.manual_seed also notes a stack trace for GPUs not in use: 0.7 ms, a step may take 10.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.manual_seed_all(seed)
+        torch.cuda.manual_seed(seed)
 
 
 def check_finite(state: TrainingState) -> None:

@@ -192,8 +192,9 @@ class ViT(nn.Module):
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(images.device.type):  # to a quarter of a grey level or less
-            images = images.to(torch.get_autocast_dtype(images.device.type))
+        if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # To a quarter of a grey level or less; the norm that comes next is float32 on a GPU.
+            images = images.to(torch.get_autocast_dtype("cpu"))
         embedded = self.embedding_norm(self.embed(self.patches(images)))
         cls_token = self.cls_token.expand(len(images), -1, -1)
         x = torch.cat((cls_token, embedded), dim=1) + self.pos_embedding  # (batch, tokens, dim)
@@ -304,7 +305,7 @@ def _takes_vit_arguments(candidate: type, arch: str) -> bool:
 def _gives_logits(candidate: type, arch: str) -> bool:
     """Some modules take the arguments but have no head, return a tuple or want lists of images."""
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             model = _construct(
                 candidate, arch, image_size=16, patch_size=4, num_classes=3, dim=16, depth=1,
                 heads=2, mlp_dim=16,
