@@ -26,8 +26,10 @@ def plan(args: argparse.Namespace) -> list[tuple[str, list[str] | None]]:
     fullsize = ["--data", str(args.fullsize)] if args.fullsize else None
     quick = ["--quick"] if args.quick else []
     gpu = ["--device", "cuda"] if args.gpu else []
+    # Where an epoch takes a second, one computed from shorter runs would be mostly what is beside it.
+    whole = ["--images", "5216", "--epochs", "5"] if args.gpu else []
     scripts = [
-        ("compare.py", data and data + quick + gpu),
+        ("compare.py", data and data + quick + gpu + whole),
         ("limits.py", (data or []) + quick + gpu),
         ("augment.py", quick),
         ("checkpoint_cost.py", quick),
