@@ -63,7 +63,7 @@ trial.finish({"default": trial.ask()["a"]})
 """
     options = {"maxTrialNumber": 12, "trialConcurrency": 4}
     with experiment(config(tmp_path, trial, **options), tmp_path, url_prefix="a/b") as running:
-        running.wait("DONE", 90)
+        running.wait("DONE", 240)
         trials = running.trials()
         assert [trial["status"] for trial in trials].count("SUCCEEDED") == 11
         swapped = 0
