@@ -21,6 +21,7 @@ import cache_vit
 import data_vit
 import distributed_vit
 import nni_vit
+import step_vit
 import utils_vit
 import vit
 from config_vit import UsageError, differences, model_sizes, saved_parameters
@@ -290,7 +291,7 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
                 f"arch {args.arch} has batch normalization, which would see a part of each batch in "
                 "each of torchrun's processes: train it in one"
             )
-    optimizer = utils_vit.make_optimizer(
+    optimizer = step_vit.make_optimizer(
         args.optimizer, model, args.lr, args.weight_decay, args.momentum
     )
     return TrainingState(model, optimizer, args.moving_average_decay)
@@ -307,7 +308,10 @@ def continue_run(state: TrainingState, file: Path, data: data_vit.Data) -> list[
 
 
 def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | None]:
-    """A checkpoint that a run with these data can go on with, and what to say of it."""
+    """A checkpoint that a run with these data can go on with, and what to say of it.
+
+    If it is another than the last one it takes the place of that.
+    """
     saved, source, note = utils_vit.load_newest(file)
     if saved["classes"] != data.classes:
         raise CheckpointError(f"checkpoint {file} is of other classes than the data")
@@ -318,7 +322,7 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
         )
     if saved["best"]:
         utils_vit.load_checkpoint(file.with_name(utils_vit.BEST))  # better now than at the end
-    if source != file:
+    if source != file and file.name == utils_vit.LAST:
         with suppress(OSError):  # else the next save would keep the damaged one as the one before
             utils_vit.link_or_copy(source, file)
     return saved, note

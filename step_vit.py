@@ -1,6 +1,7 @@
-"""One step of training: the gradient of a batch, in pieces where memory is short, and the optimizer's step."""
+"""One step of training: the optimizer, and the gradient of a batch, in pieces where memory is short."""
 
 import argparse
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,43 @@ from utils_vit import OutOfMemory, RunFailed, TrainingState
 # As CUDA itself, cuBLAS and the allocator of host memory say it; torch's on a GPU has an error of its own.
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 TOO_LARGE = "do not fit into memory: half the --vt-dim or --vt-depth takes half or less"
+
+
+def make_optimizer(
+    name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float
+) -> torch.optim.Optimizer:
+    """adam, adamw, sgd or rmsprop; weight decay on the matrices of linear and convolution layers only.
+
+    Norms, biases, embeddings and tokens are not decayed, as in the ViT paper's successors (DeiT, timm).
+    """
+    matrices = {
+        module.weight for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    groups = [
+        {
+            "params": [p for p in model.parameters() if p in matrices],
+            "weight_decay": weight_decay,
+        },
+        {"params": [p for p in model.parameters() if p not in matrices], "weight_decay": 0.0},
+    ]
+    match name:
+        case "adam":
+            return light(torch.optim.Adam)(groups, lr, fused=True)
+        case "adamw":
+            return light(torch.optim.AdamW)(groups, lr, fused=True)
+        case "sgd":
+            return light(torch.optim.SGD)(groups, lr, momentum=momentum, fused=True)
+        case "rmsprop":
+            return light(torch.optim.RMSprop)(groups, lr, momentum=momentum)
+    raise ValueError(f"optimizer '{name}' is not adam, adamw, sgd or rmsprop")
+
+
+def light(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """`kind` without its ties to torch.compile, whose import takes a second of every run."""
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), methods)
 
 
 def training_step(

@@ -1,8 +1,7 @@
-"""Checkpoints, the training state, optimizers, schedules, EMA and seeds: what a run needs beside its model."""
+"""Checkpoints, the training state, schedules, EMA and seeds: what a run needs beside its model."""
 
 import copy
 import hashlib
-import inspect
 import io
 import logging
 import math
@@ -129,10 +128,9 @@ def load_checkpoint(filename: str | Path) -> dict[str, Any]:
 def load_newest(filename: Path) -> tuple[dict[str, Any], Path, str | None]:
     """The state to go on from at a checkpoint, its file, and what to say if that is another.
 
-    Raises CheckpointError.
-
     If it is damaged that is the one before it. Either way it is the best if that is of a later step,
-    else the best would be of an epoch that the run does not know of, and may not come to again.
+    else the best would be of an epoch that the run does not know of, and may not come to again. Raises
+    CheckpointError.
     """
     source, note = filename, None
     try:
@@ -197,7 +195,7 @@ class TrainingState:
         self.step = 0  # optimizer steps taken
         self.validated = 0  # the step after which validation came last
         self.best: dict[str, Any] | None = None  # the metrics line of the best epoch
-        self.pieces = 1  # parts that a batch is taken in, for want of GPU memory
+        self.pieces = 1  # parts that a batch is taken in, for want of memory
         # Of each step of the epoch under way: loss, predicted classes (batch,), targets (batch,).
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -293,43 +291,6 @@ class Saver:
         """Raises OSError; the checkpoints that were there before are then whole."""
         save_checkpoint(state.state_dict() | self.identity, is_best, self.file)
         self.saved_at = time.monotonic()
-
-
-def make_optimizer(
-    name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float
-) -> torch.optim.Optimizer:
-    """adam, adamw, sgd or rmsprop; weight decay on the matrices of linear and convolution layers only.
-
-    Norms, biases, embeddings and tokens are not decayed, as in the ViT paper's successors (DeiT, timm).
-    """
-    matrices = {
-        module.weight for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    groups = [
-        {
-            "params": [p for p in model.parameters() if p in matrices],
-            "weight_decay": weight_decay,
-        },
-        {"params": [p for p in model.parameters() if p not in matrices], "weight_decay": 0.0},
-    ]
-    match name:
-        case "adam":
-            return light(torch.optim.Adam)(groups, lr, fused=True)
-        case "adamw":
-            return light(torch.optim.AdamW)(groups, lr, fused=True)
-        case "sgd":
-            return light(torch.optim.SGD)(groups, lr, momentum=momentum, fused=True)
-        case "rmsprop":
-            return light(torch.optim.RMSprop)(groups, lr, momentum=momentum)
-    raise ValueError(f"optimizer '{name}' is not adam, adamw, sgd or rmsprop")
-
-
-def light(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """`kind` without its ties to torch.compile, whose import takes a second of every run."""
-    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
-    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
-    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))
-    return type(kind.__name__, (kind,), methods)
 
 
 def adjust_learning_rate(

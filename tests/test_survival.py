@@ -28,7 +28,6 @@ from utils_vit import (
     RunFailed,
     TrainingState,
     load_checkpoint,
-    make_optimizer,
     save_checkpoint,
     sealed,
 )
@@ -390,7 +389,7 @@ def step_with_memory_for(most: int, error: Exception = TOO_LITTLE[0]) -> Trainin
     images, targets = torch.randn(10, 3, 2, 2, generator=generator), torch.arange(10) % 3
     torch.manual_seed(0)
     model = SmallMemory(most, error)
-    state = TrainingState(model, make_optimizer("sgd", model, 0.1, 0, 0), None)
+    state = TrainingState(model, step_vit.make_optimizer("sgd", model, 0.1, 0, 0), None)
     _, predicted, _ = step_vit.training_step(state, images, targets, args)
     assert predicted.shape == (10,)
     return state
@@ -414,11 +413,25 @@ def test_an_image_too_large_ends_the_run() -> None:
         step_with_memory_for(0, RuntimeError("another"))
 
 
+def test_memory_that_is_short_beside_the_steps_ends_the_run(
+    run_main: RunMain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a batch takes before its step, say."""
+
+    def worker(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(main_vit, "main_worker", worker)
+    result = run_main(*TINY)
+    assert result.status == 1 and result.stderr.count("\n") == 1
+    assert "no memory left; what was saved before is whole" in result.stderr
+
+
 def test_validation_is_taken_in_pieces_too() -> None:
     args = resolve(main_vit.make_parser(), ["--precision=float32"])
     images = torch.randn(10, 3, 2, 2)
     model = SmallMemory(3, TOO_LITTLE[0])
-    state = TrainingState(model, make_optimizer("sgd", model, 0.1, 0, 0), 0.9)
+    state = TrainingState(model, step_vit.make_optimizer("sgd", model, 0.1, 0, 0), 0.9)
     expected = model.head(model.flatten(images))
     torch.testing.assert_close(step_vit.logits_of(state, images, args), expected)
     assert state.pieces == 4

@@ -16,6 +16,7 @@ from torch import nn
 
 import utils_vit
 import vit
+from step_vit import make_optimizer
 from utils_vit import (
     CheckpointError,
     Ema,
@@ -23,7 +24,6 @@ from utils_vit import (
     accuracy,
     adjust_learning_rate,
     load_checkpoint,
-    make_optimizer,
     save_checkpoint,
     seed_for,
     selected_weights,
@@ -276,6 +276,28 @@ def test_weight_decay_is_on_matrices_only(name: str) -> None:
     assert all(group["lr"] == 0.03 for group in optimizer.param_groups)
     if name in ("sgd", "rmsprop"):
         assert all(group["momentum"] == 0.7 for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_light_optimizers_are_those_of_torch_to_the_bit(name: str) -> None:
+    """Over a change to a new one with the old one's state in the middle."""
+    states = []
+    for light in (True, False):
+        model = small_model()
+        optimizer = make_optimizer(name, model, 0.03, 0.2, 0.7)
+        if not light:
+            optimizer = type(optimizer).__base__(optimizer.param_groups)  # which hold every option
+        for step in range(4):
+            optimizer.zero_grad()
+            torch.manual_seed(step)
+            model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+            optimizer.step()
+            if step == 1:
+                saved = optimizer.state_dict()
+                optimizer = type(optimizer)(optimizer.param_groups)
+                optimizer.load_state_dict(saved)
+        states.append((model.state_dict(), optimizer.state_dict()))
+    assert_equal(*states)
 
 
 def test_convolutions_are_decayed_too_and_embeddings_are_not() -> None:
