@@ -115,7 +115,8 @@ def _read_splits(
     has_train = is_folder(download_dir / "train")
     folders = {"train": read_image_folder(download_dir / "train" if has_train else download_dir)}
     classes = folders["train"].classes
-    if not has_train and (splits := [name for name in classes if name.lower() in SPLIT_NAMES]):
+    splits = [name for name in classes if name.lower() in SPLIT_NAMES]
+    if not has_train and len(splits) > 1:  # "valid" beside "invalid" is a class
         raise DataError(
             f"{download_dir} has no train/, and {', '.join(splits)} would be classes: call its parts "
             "train, val and test, or move its class folders into train/"

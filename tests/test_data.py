@@ -149,6 +149,9 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path, make_images: MakeImag
     (tmp_path / "parts" / "dog").rename(tmp_path / "parts" / "Testing")
     with pytest.raises(DataError, match="no train/, and Testing, Training would be classes"):
         open_small(tmp_path / "parts")
+    (tmp_path / "parts" / "Training").rename(tmp_path / "parts" / "invalid")
+    (tmp_path / "parts" / "Testing").rename(tmp_path / "parts" / "valid")
+    assert open_small(tmp_path / "parts").classes == ["invalid", "valid"]
 
 
 @pytest.mark.parametrize(
