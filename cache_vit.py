@@ -305,7 +305,8 @@ def _room(cache_dir: Path, needed: int, limit: float | None, folder: Path) -> It
         files = {}
         for file in cache_dir.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another builder's, renamed by now
-                files |= {file: file.stat()} if file.suffix in (".npy", ".tmp") else {}
+                if file.suffix in (".npy", ".tmp"):
+                    files[file] = file.stat()
         used = sum(status.st_size for status in files.values())
         for file in sorted(files, key=lambda file: files[file].st_mtime_ns):
             if used + needed > limit and needed <= limit and file.suffix == ".npy" and remove(file):

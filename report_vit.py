@@ -94,7 +94,8 @@ def test_report(
     The interval of the accuracy is Wilson's (1927, https://doi.org/10.2307/2276774); the others are
     normal, with the standard error of binomial recalls and with DeLong's.
     """
-    report: dict[str, Any] = dict(measure(probabilities, targets))
+    auc, auc_error = area_under_curve(probabilities, targets)
+    report: dict[str, Any] = accuracies(probabilities.argmax(axis=1), targets) | {"auc": auc}
     matrix = confusion_matrix(probabilities, targets)
     images = matrix.sum(axis=1)
     present = images > 0
@@ -107,8 +108,7 @@ def test_report(
     variances = (recall * (1 - recall))[present] / images[present]
     error = 100 * math.sqrt(variances.sum()) / int(present.sum())
     report["balanced_accuracy_95"] = _interval(report["balanced_accuracy"], error, 100)
-    auc, error = area_under_curve(probabilities, targets)
-    report["auc_95"] = None if error is None else _interval(auc, error, 1)
+    report["auc_95"] = None if auc_error is None else _interval(auc, auc_error, 1)
 
     report["recall"] = {
         name: 100 * float(recall[i]) if present[i] else None for i, name in enumerate(classes)

@@ -19,6 +19,7 @@ import torch
 
 import main_vit
 import setup_vit
+import utils_vit
 from config_vit import resolve
 from setup_vit import hold_folder
 from utils_vit import load_checkpoint
@@ -259,6 +260,26 @@ def test_deterministic_is_set_before_cuda_starts(monkeypatch: pytest.MonkeyPatch
             assert not torch.cuda.is_initialized()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_leaves_out_attention_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, whose fused kernels repeat only when nothing may merely warn."""
+    monkeypatch.setattr(utils_vit, "usable_gpus", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(setup_vit, "has_bfloat16", lambda device: True)
+    kernels = torch.backends.cuda
+    enabled = lambda: [  # noqa: E731
+        kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.cudnn_sdp_enabled(),
+    ]  # fmt: skip
+    before = enabled()
+    try:
+        for options, expected in (([], before), (["--deterministic"], [False] * 3)):
+            setup_vit.choose_device(resolve(main_vit.make_parser(), options), None)
+            assert enabled() == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name, on in zip(("flash", "mem_efficient", "cudnn"), before, strict=True):
+            getattr(kernels, f"enable_{name}_sdp")(on)
 
 
 # --- memory -------------------------------------------------------------------------------------------
