@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     size = QUICK if args.quick else ORIGINAL
     if args.quick:
         args.images, args.repeats = min(args.images, 32), 1
-    precision = chosen_precision()
+    precision = chosen_precision(size)
     trials = ways(precision, compiled=not args.quick)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -152,13 +152,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def chosen_precision() -> str:
-    """What main_vit.py computes in on this device."""
+def chosen_precision(size: dict[str, int]) -> str:
+    """What main_vit.py computes a model of this size in on this device."""
     import main_vit
     import setup_vit
     from config_vit import resolve
 
-    args = resolve(main_vit.make_parser(), [])
+    sizes = ["--image-size", size["image_size"], "--patch-num", size["patch_num"]]
+    sizes += ["--vt-dim", size["dim"], "--batch-size", size["batch_size"]]
+    args = resolve(main_vit.make_parser(), [str(word) for word in sizes])
     setup_vit.choose_device(args, None)
     return args.precision
 

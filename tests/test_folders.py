@@ -282,6 +282,26 @@ def test_deterministic_leaves_out_attention_that_is_not(monkeypatch: pytest.Monk
             getattr(kernels, f"enable_{name}_sdp")(on)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        (["-pn", "2", "--vt-dim", "32"], "float32"),  # the smallest of the search space
+        (["-pn", "8", "--vt-dim", "64"], "bfloat16"),  # the largest
+        (["-pn", "8", "--vt-dim", "64", "-b", "16"], "float32"),
+    ],
+)
+def test_a_small_model_is_float32_on_a_cpu(
+    sizes: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where bfloat16 gains nothing; the machine of the test may have none, and may have a GPU."""
+    monkeypatch.setattr(utils_vit, "usable_gpus", lambda: 0)
+    monkeypatch.setattr(setup_vit, "has_bfloat16", lambda device: True)
+    args = resolve(main_vit.make_parser(), ["-s", "16", "-b", "32", *sizes])
+    setup_vit.choose_device(args, None)
+    assert args.precision == expected
+    assert setup_vit.gains_from_bfloat16(torch.device("cuda"), args)
+
+
 # --- memory -------------------------------------------------------------------------------------------
 
 FAULTS = """
