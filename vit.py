@@ -210,8 +210,8 @@ class ViT(nn.Module):
         # The norm's scale and shift go into the weights, which are smaller than the patches: these
         # need no gradient then.
         patches = F.layer_norm(patches, norm.normalized_shape, eps=norm.eps)
-        shift = (linear.weight * norm.bias).sum(dim=1)
-        return F.linear(patches, linear.weight * norm.weight, linear.bias + shift)
+        bias = torch.addmv(linear.bias, linear.weight, norm.bias)
+        return F.linear(patches, linear.weight * norm.weight, bias)
 
     def patches(self, images: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, patches, patch_size * patch_size * channels)."""
