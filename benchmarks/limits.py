@@ -277,6 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from timed import hardware
 
+    from setup_vit import has_bfloat16
+
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     if args.quick:
@@ -285,9 +287,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     names = [*CONFIGURATIONS]
     names = names[:2] if args.quick else names
-    _, chosen = make(CONFIGURATIONS[names[0]], args.device)
     # Without instructions for it a CPU is a hundred times slower in bfloat16: nothing to compare.
-    precisions = ["float32"] + ["bfloat16"] * (chosen.precision == "bfloat16")
+    precisions = ["float32"] + ["bfloat16"] * has_bfloat16(torch.device(args.device))
     print(f"{hardware()}, threads: {torch.get_num_threads()}, {args.device}\n")
 
     rates, profiles = zip(*arithmetic(args.device, precisions, args.repeats, names), strict=True)
@@ -300,6 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(("configuration", "precision", *KINDS, "other"), profiles))
 
     of_choices = names[-1] if args.quick else "the original"
+    _, chosen = make(CONFIGURATIONS[of_choices], args.device)
     print(f"Choices of the step, {of_choices}, alternately ({chosen.precision} as it is):\n")
     rows = choices(args.device, precisions, args.repeats, of_choices, not args.quick)
     print(table(("step", "ms", "speed against the step as it is", ""), rows))

@@ -2,8 +2,8 @@
 
 python benchmarks/memory.py [--images 200] [--image-size 224]
 
-Each process goes through two epochs of the cache, the first 20 batches through a small model. PSS, of
-/proc/PID/smaps_rollup, counts a page that several processes share in parts; the pages of the cache are the
+Each process goes through the cache, two epochs of the most images and as many batches of fewer, the first
+20 through a small model. PSS, of /proc/PID/smaps_rollup, counts a page that several processes share in parts; the pages of the cache are the
 kernel's, shared by all, and count nowhere.
 """
 
@@ -21,16 +21,17 @@ from harness import REPOSITORY, Parser, goals_table, table
 from PIL import Image
 from timed import hardware
 
+TIMES = (1, 4, 16)
 PROCESS = """
 import json, sys
 from pathlib import Path
 import setup_vit, main_vit, step_vit
 from config_vit import resolve
-args = resolve(main_vit.make_parser(), sys.argv[1:])
+args = resolve(main_vit.make_parser(), sys.argv[2:])
 device = setup_vit.choose_device(args, None)
 data = setup_vit.open_data(args)
 state = setup_vit.make_state(args, device)
-for state.epoch in range(2):
+for state.epoch in range(int(sys.argv[1])):
     for images, targets, soft in main_vit.epoch_batches(state, data.train, args, device):
         if state.step < 20:
             step_vit.training_step(state, images, targets, args, soft)
@@ -54,11 +55,11 @@ def write_images(folder: Path, count: int, size: int) -> None:
         Image.fromarray(np.roll(pixels, i, axis=0)).save(file, quality=50)
 
 
-def measure(folder: Path, size: int, processes: int) -> list[dict[str, float]]:
+def measure(folder: Path, size: int, processes: int, epochs: int) -> list[dict[str, float]]:
     """PSS and peak in MB of so many processes that have the images open at the same time."""
     options = f"-s {size} -p 16 -vd 64 -d 2 -vh 2 -mlpd 64 -b 16 --threads 1"
-    command = [sys.executable, "-c", PROCESS, "--download-dir", str(folder), *options.split()]
-    command += ["--cache-dir", str(folder.parent / "cache")]
+    command = [sys.executable, "-c", PROCESS, str(epochs), *options.split()]
+    command += ["--download-dir", str(folder), "--cache-dir", str(folder.parent / "cache")]
     running = [
         subprocess.Popen(
             command, cwd=REPOSITORY,
@@ -80,9 +81,10 @@ def measure_times(
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "data")
         write_images(folder, args.images * times, args.image_size)
-        measure(folder, args.image_size, 1)  # decodes
-        ones = [measure(folder, args.image_size, 1)[0] for _ in range(args.repeats)]
-        two = measure(folder, args.image_size, 2)
+        epochs = 2 * TIMES[-1] // times
+        measure(folder, args.image_size, 1, epochs)  # decodes
+        ones = [measure(folder, args.image_size, 1, epochs)[0] for _ in range(args.repeats)]
+        two = measure(folder, args.image_size, 2, epochs)
         cache = sum(file.stat().st_size for file in Path(place, "cache").glob("*.npy")) / 1e6
     each = " and ".join(f"{process['pss']:.0f}" for process in two)
     sizes = [one["pss"] for one in ones]
@@ -106,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.images < 20 or args.image_size < 16 or args.image_size % 16 or args.repeats < 1:
         parser.error("--images is at least 20, --image-size a multiple of 16, --repeats at least 1")
     print(f"{hardware()}\n")
-    found = [measure_times(times, args) for times in (1, 4, 16)]
+    found = [measure_times(times, args) for times in TIMES]
     head = ("images", "cache, MB", "PSS of one, MB", "peak of one, MB", "PSS of each of two, MB")
     print(table(head, [row for _, row in found]))
     once, most = (statistics.median(found[i][0]) for i in (0, -1))

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+import setup_vit
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -87,6 +90,8 @@ def test_every_benchmark_runs_through(jpegs: Path) -> None:
         "from the cache against Pillow", "2 at a time", "early stopping",
     ):  # fmt: skip
         assert goal in summary
+    has_bfloat16 = setup_vit.has_bfloat16(torch.device("cpu"))
+    assert (" | bfloat16 | " in sections[1]) == has_bfloat16  # in limits.py
 
     lines = [line for line in sections[0].splitlines() if line.startswith("|")]
     rows = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in lines)}
