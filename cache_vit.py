@@ -73,6 +73,13 @@ class CachedPixels(Pixels):
             if not whole:
                 self._heal(row, image)
 
+    def will_read(self, rows: np.ndarray) -> None:
+        """Let the kernel fetch these rows from the disk, where it does not have them, and wait for none."""
+        length = int(np.prod(self.shape[1:], dtype=object))
+        for row in rows.tolist():
+            place = HEADER_LENGTH + row * length
+            os.posix_fadvise(self.descriptor, place, length, os.POSIX_FADV_WILLNEED)
+
     def _heal(self, row: int, image: np.ndarray) -> None:
         """Decode a damaged row again, for this run and, where it may write, for all others."""
         path = self.images.path(row)

@@ -1,5 +1,6 @@
 """From decoded images to batches: the demo, the splits, shuffling, shards."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from augment_vit import Augmentation, Epoch, to_float
-from cache_vit import decode_folder
+from cache_vit import CachedPixels, decode_folder
 from images_vit import (
     DataError,
+    DecodingPixels,
     ImageFolder,
     Pixels,
     is_folder,
@@ -287,9 +289,17 @@ def gather(
 def read_ahead(
     split: Split, parts: list[np.ndarray], device: torch.device
 ) -> Iterator[tuple[np.ndarray, Fetched]]:
-    """Each of `parts` with its images, which are read while the one before it is computed."""
-    if isinstance(split.pixels, np.ndarray) and device.type == "cpu":  # nothing to wait for
-        yield from ((positions, fetch(split, positions, device)) for positions in parts)
+    """Each of `parts` with its images, which are read while the one before it is computed.
+
+    A thread reads them for a GPU, or decodes them; where the CPU computes, it would take time from the
+    threads that do, and the kernel reads alone.
+    """
+    pixels = split.pixels
+    if device.type == "cpu" and not isinstance(pixels, DecodingPixels):
+        for positions, after in itertools.zip_longest(parts, parts[1:]):
+            if isinstance(pixels, CachedPixels) and after is not None:
+                pixels.will_read(split.indices[after])
+            yield positions, fetch(split, positions, device)
         return
     with ThreadPoolExecutor(1) as reader:
         tasks = (reader.submit(fetch, split, positions, device) for positions in parts)

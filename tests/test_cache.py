@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from test_data import open_small, python
 import cache_vit
 import data_vit
 import setup_vit
-from cache_vit import DecodedImages, decode_folder
+from cache_vit import CachedPixels, DecodedImages, decode_folder
 from data_vit import Resident, Split, batches, keep_on_device
 from images_vit import DataError, decode_image, read_image_folder
 
@@ -146,6 +147,7 @@ def test_what_a_run_has_open_stays(folder: Path) -> None:
     row = 40 * 3 * 8 * 8
     code = """
 import sys
+import threading
 from pathlib import Path
 from cache_vit import decode_folder
 from images_vit import read_image_folder
@@ -237,6 +239,34 @@ print((counter("status", "VmHWM") - resident) / 1000)
     assert float(resident) < 40  # MB
 
 
+def test_the_kernel_reads_the_next_batch_ahead(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the CPU computes one; no thread takes time from those that do."""
+    data = open_small(folder.parent)
+    events: list[tuple[str, list[int]]] = []
+
+    def record(name: str) -> None:
+        method = getattr(CachedPixels, name)
+
+        def recorded(self: CachedPixels, rows: np.ndarray, *out: np.ndarray) -> None:
+            assert threading.current_thread() is threading.main_thread()
+            events.append((name, rows.tolist()))
+            method(self, rows, *out)
+
+        monkeypatch.setattr(CachedPixels, name, recorded)
+
+    record("will_read")
+    record("read")
+    shown = batches(data.train, 16, CPU)
+    parts = [data.train.indices[i : i + 16].tolist() for i in (0, 16, 32)]
+    for number in range(3):
+        next(shown)
+        expected = [("will_read", part) for part in parts[number + 1 : number + 2]]
+        assert events == [*expected, ("read", parts[number])]
+        events.clear()
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_images_kept_on_a_device_are_read_once(device: str, folder: Path) -> None:
     data = open_small(folder.parent)
@@ -295,8 +325,8 @@ def test_what_fits_half_of_the_free_memory_is_kept(
     assert kept_data.test.pixels is pixels[0]
 
 
-def test_batches_are_read_one_ahead_and_errors_come_through(folder: Path) -> None:
-    decoded = decode(folder)
+def test_batches_are_decoded_one_ahead_and_errors_come_through(folder: Path) -> None:
+    decoded = decode(folder, mode="off")
     reads = []
     read = decoded.pixels.read
 
@@ -485,6 +515,7 @@ def test_what_is_loaded_when(image_folder: Path, home: Path) -> None:
     """Nothing of LATE to read the command line, nor before the first step; then what is used."""
     code = f"""
 import sys
+import threading
 import main_vit, step_vit
 loaded = lambda: sorted({LATE} & sys.modules.keys())
 main_vit.resolve(main_vit.make_parser(), ["--lr", "0.1"])
