@@ -108,8 +108,9 @@ class Epoch:
         """
         own, device = positions[part], images.device
         for dim, chosen in self.flips.items():
-            mask = torch.from_numpy(chosen[own]).to(device)
-            images = torch.where(mask[:, None, None, None], images.flip(dim), images)
+            rows = torch.from_numpy(np.flatnonzero(chosen[own])).to(device)
+            # A choice by torch.where takes three times as long on a CPU.
+            images = images.index_copy(0, rows, images.index_select(0, rows).flip(dim))
         images = to_float(images)
         if len(own) == 0:
             return images
