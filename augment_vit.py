@@ -40,6 +40,14 @@ class Augmentation:
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
+def send(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """The array on the device, without waiting for what this computes."""
+    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 # --- the draws of an epoch --------------------------------------------------------------------------
 
 
@@ -97,6 +105,7 @@ class Epoch:
         starts = np.clip(middles - sides // 2, 0, size)
         ends = np.clip(middles + (sides + 1) // 2, 0, size)
         self.boxes = box_rows(starts, ends)
+        self.cuts = bool(cut.any())
         area = np.prod(ends - starts, axis=0)
         self.blend = np.where(cut, 1, own).astype(np.float32)  # of its own pixels, outside the box
         self.share = np.where(cut, 1 - area / size**2, own).astype(np.float32)  # of its own target
@@ -108,16 +117,16 @@ class Epoch:
         """
         own, device = positions[part], images.device
         for dim, chosen in self.flips.items():
-            rows = torch.from_numpy(np.flatnonzero(chosen[own])).to(device)
+            rows = send(np.flatnonzero(chosen[own]), device)
             # A choice by torch.where takes three times as long on a CPU.
             images = images.index_copy(0, rows, images.index_select(0, rows).flip(dim))
         images = to_float(images)
         if len(own) == 0:
             return images
         if self.moves is not None or self.windows is not None:
-            images = warp(images, self._matrices(positions)[part].to(device))
+            images = warp(images, send(self._matrices(positions)[part], device))
         if self.factors is not None:
-            factors = torch.from_numpy(self.factors[:, own]).to(device)[..., None, None, None]
+            factors = send(self.factors[:, own], device)[..., None, None, None]
             images = adjust_colors(images, *factors)
         if self.operations is not None:
             for numbers, signs in zip(self.operations[:, own], self.signs[:, own], strict=True):
@@ -143,12 +152,12 @@ class Epoch:
 
         Mixup (Zhang et al. 2018) blends the two, cutmix (Yun et al. 2019) takes a box from the partner.
         """
-        blend = torch.from_numpy(self.blend[positions]).to(images.device)[:, None, None, None]
-        if self.boxes.any():
+        blend = send(self.blend[positions], images.device)[:, None, None, None]
+        if self.cuts:
             blend = blend.masked_fill(inside(self.boxes[positions], images), 0.0)
         # Not torch.lerp: it rounds a vector and what is left over at its end differently.
         mixed = (images * blend).add_(others * (1 - blend))
-        return mixed, torch.from_numpy(self.share[positions]).to(images.device)[:, None]
+        return mixed, send(self.share[positions], images.device)[:, None]
 
 
 # --- where pixels come from -------------------------------------------------------------------------
@@ -219,7 +228,7 @@ def box_rows(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 def inside(boxes: np.ndarray, images: Tensor) -> Tensor:
     """Which pixels of the images lie in their boxes (batch, 4): bool (batch, 1, size, size)."""
-    top, bottom, left, right = torch.from_numpy(boxes).to(images.device).T[..., None]
+    top, bottom, left, right = send(boxes, images.device).T[..., None]
     places = torch.arange(images.shape[-1], device=images.device)
     rows = (top <= places) & (places < bottom)
     columns = (left <= places) & (places < right)
@@ -345,7 +354,7 @@ def operate(images: Tensor, numbers: np.ndarray, signs: np.ndarray, level: float
     for name, change in COLORS.items():
         rows = np.flatnonzero(numbers == RANDAUGMENT.index(name))
         if len(rows):
-            index = torch.from_numpy(rows).to(images.device)
+            index = send(rows, images.device)
             factors = (1 + 0.9 * level * signs[rows]).astype(np.float32)
-            factor = torch.from_numpy(factors).to(images.device)[:, None, None, None]
+            factor = send(factors, images.device)[:, None, None, None]
             images.index_copy_(0, index, change(images[index], factor, level))

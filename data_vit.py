@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from augment_vit import Augmentation, Epoch, to_float
+from augment_vit import Augmentation, Epoch, send, to_float
 from cache_vit import CachedPixels, decode_folder
 from images_vit import (
     DataError,
@@ -236,6 +236,7 @@ def keep_on_device(data: Data, device: torch.device, free: int) -> Data:
     try:
         resident = {key: Resident(pixels, device) for key, pixels in parts.items()}
     except torch.OutOfMemoryError:  # trials that start together count on the same free memory
+        torch.cuda.empty_cache()  # they need it
         return data
     train, val = (replace(s, pixels=resident[id(s.pixels)]) for s in (data.train, data.val))
     return replace(data, train=train, val=val)
@@ -269,20 +270,14 @@ def gather(
     `fetched` is what `fetch` gave for the same positions. Raises DataError.
     """
 
-    def send(array: np.ndarray) -> Tensor:  # without waiting for the device
-        tensor = torch.from_numpy(array)
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(
-            device, non_blocking=True
-        )
-
     rows, images = fetched or fetch(split, positions, device)
     images = images.to(device, non_blocking=True)
     if isinstance(pixels := split.pixels, Resident):
         if len(rows):
-            pixels.tensor[send(rows)] = images
+            pixels.tensor[send(rows, device)] = images
             pixels.present[rows] = True
-        images = pixels.tensor[send(split.indices[positions])]
-    targets = send(split.targets[split.indices[positions]])
+        images = pixels.tensor[send(split.indices[positions], device)]
+    targets = send(split.targets[split.indices[positions]], device)
     return images, targets
 
 
