@@ -81,8 +81,10 @@ def main(argv: list[str] | None = None) -> int:
         text = f"{error}; what was saved before is whole"
         complain(text, alone=isinstance(error, OutOfMemory))
         return 1
-    except torch.OutOfMemoryError:  # beside the steps, which take a batch in pieces
-        complain("the GPU has no memory left; what was saved before is whole", alone=True)
+    except RuntimeError as error:  # beside the steps, which take a batch in pieces
+        if not step_vit.out_of_memory(error):
+            raise
+        complain("the device has no memory left; what was saved before is whole", alone=True)
         return 1
     except OSError as error:
         remedy = (

@@ -159,6 +159,8 @@ def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torc
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # It would fill memory that is not read before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     gpus, ranks = utils_vit.usable_gpus(), distributed_vit.ranks()
     if ranks > 1 and args.gpu is not None:
         raise UsageError("--gpu is for one process; torchrun gives each of its processes a GPU")
@@ -292,6 +294,8 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
         model = vit.build_model(
             args.arch, num_classes=args.num_classes, depth=args.vt_depth, **model_sizes(args)
         ).to(device)
+    except torch.OutOfMemoryError:  # others may have the memory of the GPU
+        raise
     except (RuntimeError, TypeError) as error:  # so many parameters that torch cannot hold them
         reason = str(error).splitlines()[0]
         raise UsageError(f"a model of these sizes cannot be built: {reason}") from None

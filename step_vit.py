@@ -115,8 +115,7 @@ def in_pieces(
         try:
             return work()
         except RuntimeError as error:
-            known = any(text in str(error) for text in OUT_OF_MEMORY)
-            if not (known or isinstance(error, torch.OutOfMemoryError)):
+            if not out_of_memory(error):
                 raise
             if state.pieces >= images:
                 raise OutOfMemory(
@@ -124,6 +123,14 @@ def in_pieces(
                     f"{args.patch_num} patches and its model {TOO_LARGE}, half the --patch-num a quarter"
                 ) from None
             state.pieces *= 2
+        if torch.cuda.is_initialized():  # cuBLAS takes its memory beside what torch keeps
+            torch.cuda.empty_cache()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device, or a CPU, had too little memory."""
+    known = any(text in str(error) for text in OUT_OF_MEMORY)
+    return known or isinstance(error, torch.OutOfMemoryError)
 
 
 def gradient(

@@ -226,6 +226,7 @@ class TrainingState:
             "step": self.step,
             "validated": self.validated,
             "best": self.best,
+            "pieces": self.pieces,
             "outputs": packed(self.outputs),
         }
 
@@ -242,6 +243,7 @@ class TrainingState:
         device = next(self.model.parameters()).device
         self.epoch, self.step, self.validated = state["epoch"], state["step"], state["validated"]
         self.best = state["best"]
+        self.pieces = state.get("pieces", 1)  # in others the sums would be taken in another order
         self.outputs = [tuple(t.to(device) for t in step) for step in unpacked(state["outputs"])]
 
 

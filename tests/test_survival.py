@@ -404,6 +404,12 @@ def test_a_batch_too_large_is_taken_in_pieces(most: int, pieces: int, error: Exc
     assert (whole.pieces, small.pieces) == (1, pieces)
     torch.testing.assert_close(small.model.state_dict(), whole.model.state_dict())
     torch.testing.assert_close(small.model.head.weight.grad, whole.model.head.weight.grad)
+    saved = small.state_dict()
+    whole.load_state_dict(saved)  # a run that goes on adds in the same order
+    assert whole.pieces == pieces
+    del saved["pieces"]  # an earlier version's
+    whole.load_state_dict(saved)
+    assert whole.pieces == 1
 
 
 def test_an_image_too_large_ends_the_run() -> None:
@@ -415,13 +421,14 @@ def test_an_image_too_large_ends_the_run() -> None:
         step_with_memory_for(0, RuntimeError("another"))
 
 
+@pytest.mark.parametrize("error", TOO_LITTLE)
 def test_memory_that_is_short_beside_the_steps_ends_the_run(
-    run_main: RunMain, monkeypatch: pytest.MonkeyPatch
+    error: Exception, run_main: RunMain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a batch takes before its step, say."""
 
     def worker(*args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(main_vit, "main_worker", worker)
     result = run_main(*TINY)
