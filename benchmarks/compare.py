@@ -168,13 +168,17 @@ def chosen_precision(size: dict[str, int]) -> str:
 def ways(precision: str, compiled: bool) -> list[Trial]:
     """Every way in the settings that are tried."""
     amp = ("--amp",) if precision == "bfloat16" else ()
-    trials = [
-        Trial("original, as it was", "original"),
-        Trial("original, 2 workers", "original", ("--workers", "2")),
-        Trial("timm, 2 workers", "timm", ("--workers", "2", *amp)),
-    ]
+    cores = len(os.sched_getaffinity(0))
+    trials = [Trial("original, as it was", "original")]
+    for workers in sorted({2, cores}):
+        options = ("--workers", str(workers))
+        trials += [
+            Trial(f"original, {workers} workers", "original", options),
+            Trial(f"timm, {workers} workers", "timm", (*options, *amp)),
+        ]
     if compiled:
-        trials.append(Trial("timm, compiled", "timm", ("--workers", "2", *amp, "--compile")))
+        options = ("--workers", str(max(2, cores)), *amp, "--compile")
+        trials.append(Trial("timm, compiled", "timm", options))
     return [*trials, Trial("ours, cache cold", "ours"), Trial("ours, cache warm", "ours")]
 
 

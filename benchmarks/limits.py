@@ -27,7 +27,7 @@ CONFIGURATIONS = {
 # Where the time of an operator is counted, by a part of its name, first match.
 KINDS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn", "linear"),
-    "attention": ("scaled_dot_product", "softmax"),
+    "attention": ("scaled_dot_product", "_attention_", "softmax"),
     "norms": ("layer_norm",),
     "GELU": ("gelu",),
     "copies": ("copy", "cat", "stack", "clone", "contiguous"),
@@ -156,6 +156,7 @@ def kind_of(operator: str) -> str:
 
 def time_by_kind(step: Callable[[], None], device: str, repeats: int) -> dict[str, float]:
     """Share of a step's time by kind of operator, of its own time without what it calls."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
@@ -164,6 +165,8 @@ def time_by_kind(step: Callable[[], None], device: str, repeats: int) -> dict[st
             step()
     times: Counter[str] = Counter()
     for event in profiler.key_averages():
+        if event.device_type != DeviceType.CPU:  # a kernel, whose time its operator has too
+            continue
         own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         times[kind_of(event.key)] += own
     return {kind: times[kind] / times.total() for kind in (*KINDS, "other")}

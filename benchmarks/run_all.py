@@ -67,7 +67,7 @@ def run_script(
         return f"Ended after {limit:.0f} s without a result.", False
     if process.returncode:
         last = messages.strip().splitlines()[-1:] or ["no message"]
-        return f"Ended with status {process.returncode}: {last[0]}", False
+        return f"{output}\nEnded with status {process.returncode}: {last[0]}".strip(), False
     return output.strip(), True
 
 
