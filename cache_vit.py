@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -64,8 +65,8 @@ class CachedPixels(Pixels):
         """As Pixels; a row's first reading in this process compares its checksum."""
         for row, image in zip(rows.tolist(), out, strict=True):
             try:
-                place = HEADER_LENGTH + row * image.nbytes
-                whole = os.preadv(self.descriptor, [image], place) == image.nbytes
+                place, length = self._place(row)
+                whole = os.preadv(self.descriptor, [image], place) == length
             except OSError:  # of the disk
                 whole = False
             if whole and not self.verified[row]:
@@ -75,10 +76,13 @@ class CachedPixels(Pixels):
 
     def will_read(self, rows: np.ndarray) -> None:
         """Let the kernel fetch these rows from the disk, where it does not have them, and wait for none."""
-        length = int(np.prod(self.shape[1:], dtype=object))
         for row in rows.tolist():
-            place = HEADER_LENGTH + row * length
-            os.posix_fadvise(self.descriptor, place, length, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self.descriptor, *self._place(row), os.POSIX_FADV_WILLNEED)
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Where the row begins in the file, and its length."""
+        length = math.prod(self.shape[1:])
+        return HEADER_LENGTH + row * length, length
 
     def _heal(self, row: int, image: np.ndarray) -> None:
         """Decode a damaged row again, for this run and, where it may write, for all others."""
@@ -98,7 +102,7 @@ class CachedPixels(Pixels):
             log.warning(printable(f"the cache {self.file} was damaged at {path}: decoded it again"))
         with contextlib.suppress(OSError), open(self.file, "r+b") as file:
             if os.path.sameopenfile(file.fileno(), self.descriptor):
-                os.pwrite(file.fileno(), image.tobytes(), HEADER_LENGTH + row * image.nbytes)
+                os.pwrite(file.fileno(), image.tobytes(), self._place(row)[0])
 
 
 def decode_folder(
