@@ -37,7 +37,7 @@ def set_up(
     args, output = distributed_vit.from_rank_0(
         lambda: (args, output_folder(args, trial, any_precision, until_end))
     )
-    data = distributed_vit.together(lambda: open_data(args))
+    data = distributed_vit.together(lambda: open_data(args, trial))
     args, notes = distributed_vit.from_rank_0(
         lambda: (args, budget_vit.continue_earlier(args, data, output))
     )
@@ -261,8 +261,8 @@ def default_threads(cores: int, torchs: int, concurrency: int, given: bool) -> i
     return max(1, share)
 
 
-def open_data(args: argparse.Namespace) -> data_vit.Data:
-    """The images of --download-dir, or the demo, on the GPU that was chosen if they fit."""
+def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> data_vit.Data:
+    """The images of --download-dir, or the demo, on the GPU that was chosen if they fit there."""
     data = data_vit.open_data(
         args.download_dir or data_vit.make_digits(),
         num_classes=args.num_classes,
@@ -279,7 +279,9 @@ def open_data(args: argparse.Namespace) -> data_vit.Data:
     )
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        data = data_vit.keep_on_device(data, device, torch.cuda.mem_get_info(device)[0])
+        trials = trial.concurrency() if trial else 1  # those that start together share the GPUs
+        free = torch.cuda.mem_get_info(device)[0] // math.ceil(trials / utils_vit.usable_gpus())
+        data = data_vit.keep_on_device(data, device, free)
     args.num_classes = len(data.classes)
     val_classes = np.unique(data.val.targets[data.val.indices])
     if args.metric == "auc" and len(val_classes) < args.num_classes:

@@ -330,6 +330,10 @@ def build_model(arch: str, **arguments: int | float | str) -> nn.Module:
 
 def _construct(cls: type[nn.Module], arch: str, **arguments: int | float | str) -> nn.Module:
     model = cls(**arguments, **EXTRA_ARGUMENTS.get(arch, {}))
+    for name, table in [*vars(model).items()]:
+        if isinstance(table, Tensor):  # simple_vit would send it to a GPU in every pass
+            delattr(model, name)
+            model.register_buffer(name, table, persistent=False)
     if arch == "local_vit":
         for _, feed_forward in model.transformer.layers:
             net = feed_forward.fn.fn.net

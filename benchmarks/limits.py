@@ -244,9 +244,14 @@ def choices(
     with unfused:
         variants["optimizer not fused"] = stepper(options, device)
 
+    compile_seconds, failure = 0.0, "not tried"
     if compiled:
-        variants["torch.compile"] = stepper(options, device, compiled=True)
-        compile_seconds = seconds(variants["torch.compile"], device)
+        step = stepper(options, device, compiled=True)
+        try:
+            compile_seconds = seconds(step, device)
+            variants["torch.compile"] = step
+        except RuntimeError as error:  # no compiler on this machine, say
+            failure = f"failed: {str(error).splitlines()[0]}"
 
     times: dict[str, list[float]] = {title: [] for title in variants}
     for _ in range(repeats + 1):
@@ -255,7 +260,9 @@ def choices(
     medians = {title: statistics.median(values[1:]) for title, values in times.items()}
     eager = medians["as it is"]
     rows = [(t, f"{1000 * m:.1f}", f"{eager / m:.2f}", "") for t, m in medians.items()]
-    if compiled:
+    if "torch.compile" not in medians:
+        rows.append(("torch.compile", "-", "-", failure))
+    else:
         gain = eager - medians["torch.compile"]
         spent = compile_seconds - medians["torch.compile"]
         when = f"after {spent / gain:,.0f} steps" if gain > 0.02 * eager else "never"

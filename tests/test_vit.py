@@ -218,6 +218,8 @@ def test_other_architectures(arch: str, channels: int, image_size: int) -> None:
     optional = {"dim_head": 8, "pool": "cls", "dropout": 0.1, "emb_dropout": 0.1}
     arguments |= {k: v for k, v in optional.items() if k in model_arguments(arch)}
     model = build_model(arch, **arguments)
+    # What `.to(device)` does not move would be sent to a GPU in every forward pass.
+    assert not [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
     logits = model(torch.randn(2, channels, image_size, image_size))
     assert logits.shape == (2, SMALL["num_classes"])
     logits.square().sum().backward()
