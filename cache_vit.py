@@ -361,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="as listed; all without one")
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", default=default_folder())
     args = parser.parse_args(argv)
-    files = sorted(args.cache_dir.glob("*.npy"), key=lambda file: file.stat().st_mtime)
+    files = sorted(args.cache_dir.glob("*.npy"), key=last_use)
     status = 0
     for name in args.names:
         if not any(file.stem.startswith(name) for file in files):
@@ -379,12 +379,22 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
+def last_use(file: Path) -> float:
+    """Seconds since 1970; 0 if the file is gone meanwhile."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def describe(file: Path) -> str:
     """One line: name, last use, megabytes, images, their size, data folder."""
-    status = file.stat()
+    try:
+        with open(file, "rb") as content:
+            status, found = os.fstat(content.fileno()), _read_footer(content.fileno())
+    except OSError as error:  # another user's, or gone meanwhile
+        return printable(f"{file.stem[:8]}  cannot be read: {error.strerror}")
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.st_mtime))
-    with open(file, "rb") as content:
-        found = _read_footer(content.fileno())
     what = "damaged or of another version"
     if found:
         images, channels, size, _ = found[0]["shape"]

@@ -204,6 +204,19 @@ def test_list_and_clear(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert not list(cache.glob("*.npy"))
 
 
+def test_list_and_clear_go_on_past_a_file_that_cannot_be_read(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    cache = folder.parent / "cache"
+    name = decode(folder).file.stem[:8]
+    (cache / "gone.npy").symlink_to("nowhere")
+    assert cache_vit.main(["--cache-dir", str(cache)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "gone  cannot be read: No such file or directory" and second.startswith(name)
+    assert cache_vit.main(["clear", "--cache-dir", str(cache)]) == 1
+    assert [file.name for file in cache.glob("*.npy")] == ["gone.npy"]
+
+
 def test_a_folder_of_its_own_is_private(folder: Path) -> None:
     decode(folder)
     assert (folder.parent / "cache").stat().st_mode & 0o777 == 0o700
