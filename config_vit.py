@@ -81,6 +81,8 @@ class Parser(argparse.ArgumentParser):
                 if isinstance(value, dict | list):
                     kind = "mapping" if isinstance(value, dict) else "list"
                     raise UsageError(f"{name} is a {kind}, not a single value")
+                if value is False and "off" in (action.choices or ()):
+                    value = "off"  # as YAML reads the word
                 if value is False and action.nargs == 0:
                     switched_off[action.dest] = False
                 elif value is not None:

@@ -41,8 +41,6 @@ def local_rank() -> int:
 
 def start() -> None:
     """Connect the processes, by gloo for what is on the CPU and NCCL for what is on a GPU. Raises RankLost."""
-    if ranks() == 1:
-        return
     if sys.platform == "linux" and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: nobody else can connect
     with _connected():
@@ -59,7 +57,7 @@ def end() -> None:
 
 def wait_for_all() -> None:
     """Returns when all processes are here, or one of them is no more."""
-    if ranks() > 1:
+    if dist.is_initialized():
         with suppress(RuntimeError):
             dist.barrier()
 
@@ -125,13 +123,13 @@ def together(function: Callable[[], Result]) -> Result:
         result = function()
     except ValueError as raised:
         error = raised
-    for other in gather(error):
+    for other in all_gather(error):
         if other is not None:
             raise other
     return result
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """The `value` of every process, by rank, once all have one. Raises RankLost."""
     if ranks() == 1:
         return [value]

@@ -255,7 +255,7 @@ def train(
         leave=False,
         disable=True if distributed_vit.rank() else None,
     ):
-        if state.step == total_steps:
+        if state.step >= total_steps:
             break
         # At the middle of the step: neither the first nor the last one is lost to a rate of 0.
         utils_vit.adjust_learning_rate(

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from utils_vit import replace_file
+from utils_vit import json_object, replace_file
 
 log = logging.getLogger("vit.nni")
 
@@ -45,7 +45,7 @@ class Trial:
         # A trial in flight at `nnictl stop` starts again, after `nnictl resume`, in the same folder.
         record = self.output_dir / "nni.json"
         if record.exists():
-            self._record["final"] = json.loads(record.read_text()).get("final")
+            self._record["final"] = json_object(record.read_bytes()).get("final")
 
     def ask(self) -> dict[str, Any]:
         """The parameters that NNI's page shows for this trial; to be called once."""

@@ -35,7 +35,7 @@ def make_parser() -> Parser:
     add("--cache-dir", type=Path, metavar="DIR", help="where decoded images are kept for later runs (default: ~/.cache/vit-nni)")
     add("--cache", choices=cache_vit.MODES, default="disk", help="keep decoded images on disk, for all runs, or in memory, for this one, or decode them in every epoch (default: %(default)s)")
     add("--cache-limit", type=number(float, 0, above=True), metavar="GB", help="most that --cache-dir may hold: what was not used for longest makes room (default: what the disk has)")
-    add("--workers", type=positive, metavar="N", help="threads that decode images (default: the cores that this process may use)")
+    add("--workers", type=positive, metavar="N", help="threads that decode images (default: the cores that this process may use; with --cache off --threads)")
 
     add = parser.add_argument_group("model").add_argument
     add("-a", "--arch", default="vit", help="vit, or another architecture of vit-pytorch: simple_vit, deepvit, cait, ... (default: %(default)s)")
@@ -65,8 +65,8 @@ def make_parser() -> Parser:
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", default=0, help="of everything random (default: %(default)s)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 is mixed precision; auto takes it where the device gains from it (default: %(default)s)")
     add("--deterministic", action="store_true", help="on a GPU the algorithms that repeat to the bit, where torch has them; may be slower")
-    add("--gpu", type=number(int, 0), metavar="N", help="CUDA device (default: the first if there is one, else the CPU)")
-    add("--threads", type=positive, metavar="N", help="CPU threads of the computation (default: the cores that this process may use, under NNI its share of them)")
+    add("--gpu", type=number(int, 0), metavar="N", help="CUDA device (default: the first, under NNI each trial the next; the CPU where there is none)")
+    add("--threads", type=positive, metavar="N", help="CPU threads of the computation (default: the cores that this process may use, under NNI its share of them; OMP_NUM_THREADS, which torchrun sets to 1, limits it)")
     add("--metric", choices=tuple(report_vit.METRICS), default="accuracy", help="of validation: selects the best epoch, is NNI's default metric (default: %(default)s)")
 
     add = parser.add_argument_group("learning rate schedule").add_argument

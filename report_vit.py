@@ -13,7 +13,7 @@ import torch
 
 from data_vit import Data
 from images_vit import printable
-from utils_vit import replace_file
+from utils_vit import json_object, replace_file
 
 # Direction in which a metric improves; accuracies are in percent, AUC in 0 to 1.
 METRICS = {"accuracy": "max", "balanced_accuracy": "max", "auc": "max", "loss": "min"}
@@ -180,7 +180,7 @@ def results_text(results: dict[str, Any], output: Path) -> list[str]:
 def has_results(folder: Path, steps: int) -> bool:
     """Whether results.json is that of a run of so many steps; a run made longer has an older one."""
     file = folder / "results.json"
-    return file.exists() and json.loads(file.read_text())["steps"] == steps
+    return file.exists() and json_object(file.read_bytes()).get("steps") == steps
 
 
 class Recorder:
@@ -190,10 +190,9 @@ class Recorder:
         """Goes on after optimizer step `step`: lines of later ones, which will be run again, are dropped."""
         self.folder = folder
         self.file = folder / "metrics.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        # A crash can leave half a line at the end.
-        whole = [line for line in lines if line.endswith("}")]
-        self.lines = [line for line in map(json.loads, whole) if line["step"] <= step]
+        text = self.file.read_bytes() if self.file.exists() else b""
+        lines = filter(None, map(json_object, text.splitlines()))  # a crash can leave half a line
+        self.lines = [line for line in lines if line["step"] <= step]
         replace_file(self.file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self.tensorboard: Any = None
 
@@ -228,7 +227,7 @@ class Recorder:
 
         replace_file(self.folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
         draw_metrics(self.lines, results["best_epoch"], self.folder / "metrics.png")
-        events = self._events(len(self.lines) + 1)
+        events = self._events(self.lines[-1]["epoch"] + 1)  # those of PBT do not begin with 1
         matrices = {"validation": results["validation_confusion_matrix"]}
         if results["test"] is not None:
             matrices["test"] = results["test"]["confusion_matrix"]

@@ -32,12 +32,14 @@ def set_up(
     args: argparse.Namespace, trial: nni_vit.Trial | None, until_end: ExitStack
 ) -> tuple[argparse.Namespace, torch.device, Path, data_vit.Data, TrainingState]:
     """All that training needs; the parameters come back complete, and the same on all ranks."""
-    any_precision = args.precision == "auto"
-    device = choose_device(args, trial)
+    by_itself = {"precision": "auto", "threads": None}
+    undecided = {name for name, value in by_itself.items() if getattr(args, name) == value}
+    device = distributed_vit.together(lambda: choose_device(args, trial))
     args, output = distributed_vit.from_rank_0(
-        lambda: (args, output_folder(args, trial, any_precision, until_end))
+        lambda: (args, output_folder(args, trial, undecided, until_end))
     )
-    data = distributed_vit.together(lambda: open_data(args, trial))
+    torch.set_num_threads(args.threads)
+    data = distributed_vit.together(lambda: open_data(args))
     args, notes = distributed_vit.from_rank_0(
         lambda: (args, budget_vit.continue_earlier(args, data, output))
     )
@@ -49,24 +51,26 @@ def set_up(
     elif args.init_from:
         notes += start_from(state, args, data.classes)
     if args.precision == "bfloat16" and not has_bfloat16(device):  # a run of another machine, say
-        notes.append("bfloat16 is slow here, without instructions for it: --precision float32")
+        remedy = "" if args.resume else ": --precision float32"  # which a resume would refuse
+        notes.append(f"bfloat16 is slow here, without instructions for it{remedy}")
     # Whichever process was first on its machine has decoded the images, and says so.
-    data.notes[:] = dict.fromkeys(itertools.chain(*distributed_vit.gather(data.notes + notes)))
+    data.notes[:] = dict.fromkeys(itertools.chain(*distributed_vit.all_gather(data.notes + notes)))
     return args, device, output, data, state
 
 
 def output_folder(
     args: argparse.Namespace,
     trial: nni_vit.Trial | None,
-    any_precision: bool,
+    undecided: set[str],
     until_end: ExitStack,
 ) -> Path:
     """The folder that this run alone writes to, and no other process `until_end`.
 
-    A run that it holds goes on, where that is wanted, and keeps its precision if `any_precision` will
-    do. Raises UsageError if the folder cannot be written, is in use, or holds another run.
+    A run that it holds goes on, where that is wanted, and keeps its own of the parameters that are
+    `undecided`. Raises UsageError if the folder cannot be written, is in use, or holds another run.
     """
-    if trial and trial.output_dir:
+    in_nni = trial is not None and trial.inside
+    if in_nni:
         folder = trial.output_dir
     elif args.resume:
         folder = args.resume.parent
@@ -81,7 +85,7 @@ def output_folder(
     else:
         folder = Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{args.seed}")
     # After the death of NNI's manager the same trial may still be saving in its earlier process.
-    patience = 30 if trial else 0
+    patience = 30 if in_nni else 0
     try:
         until_end.enter_context(hold_folder(folder, patience))
     except BlockingIOError:
@@ -94,9 +98,10 @@ def output_folder(
             f"output folder {folder} cannot be written: {error.strerror}; give --model-dir another"
         ) from None
     checkpoint = folder / utils_vit.LAST
-    if checkpoint.exists() and not args.resume:
+    kept = (folder / name for name in (utils_vit.LAST, utils_vit.PREVIOUS, utils_vit.BEST))
+    if not args.resume and any(map(Path.exists, kept)):
         # `nnictl resume` starts trials in flight again, in the folder that holds their checkpoint.
-        if not (trial or args.auto_resume):
+        if not (in_nni or args.auto_resume):
             raise UsageError(
                 f"{folder} holds a run already: continue it with --resume {checkpoint} or "
                 "--auto-resume, or give --model-dir another folder"
@@ -105,8 +110,8 @@ def output_folder(
         args.num_classes = args.num_classes or saved["num_classes"]
         if args.warmup_epochs == args.epochs / 10 and saved["epochs"] != args.epochs:
             args.warmup_epochs = saved.get("warmup_epochs")  # not given: a longer run keeps its own
-        if any_precision:
-            args.precision = saved["precision"]  # that of another machine, say
+        for name in undecided & saved.keys():  # on another machine, say, they would be others
+            setattr(args, name, saved[name])
         if changes := differences(saved, saved_parameters(args)):
             raise UsageError(f"{folder} holds a run with other parameters: {changes}")
         args.resume = checkpoint
@@ -261,7 +266,7 @@ def default_threads(cores: int, torchs: int, concurrency: int, given: bool) -> i
     return max(1, share)
 
 
-def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> data_vit.Data:
+def open_data(args: argparse.Namespace) -> data_vit.Data:
     """The images of --download-dir, or the demo, on the GPU that was chosen if they fit there."""
     data = data_vit.open_data(
         args.download_dir or data_vit.make_digits(),
@@ -279,9 +284,7 @@ def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> d
     )
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        trials = trial.concurrency() if trial else 1  # those that start together share the GPUs
-        free = torch.cuda.mem_get_info(device)[0] // math.ceil(trials / utils_vit.usable_gpus())
-        data = data_vit.keep_on_device(data, device, free)
+        data = data_vit.keep_on_device(data, device, torch.cuda.mem_get_info(device)[0])
     args.num_classes = len(data.classes)
     val_classes = np.unique(data.val.targets[data.val.indices])
     if args.metric == "auc" and len(val_classes) < args.num_classes:
@@ -359,7 +362,8 @@ def start_from(state: TrainingState, args: argparse.Namespace, classes: list[str
         )
     except ValueError as error:
         raise CheckpointError(
-            f"--init-from: {error}: give the model parameters that it was trained with"
+            f"--init-from: {error}: give the model parameters that it was trained with, as --config "
+            f"{file.with_name('args.yaml')} does"
         ) from None
     if state.ema:
         state.ema.model.load_state_dict(state.model.state_dict())

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import io
+import json
 import logging
 import math
 import os
@@ -83,6 +84,14 @@ def replace_file(filename: Path, content: bytes | memoryview) -> None:
         os.close(folder)
 
 
+def json_object(text: bytes) -> dict[str, Any]:
+    """What a JSON text holds; nothing if it was damaged by a crash or by hand."""
+    with suppress(ValueError):
+        if isinstance(content := json.loads(text), dict):
+            return content
+    return {}
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, atomically. `source` is later replaced, never rewritten."""
     temporary = target.with_name(f".{target.name}.tmp")
@@ -128,15 +137,16 @@ def load_checkpoint(filename: str | Path) -> dict[str, Any]:
 def load_newest(filename: Path) -> tuple[dict[str, Any], Path, str | None]:
     """The state to go on from at a checkpoint, its file, and what to say if that is another.
 
-    If it is damaged that is the one before it. Either way it is the best if that is of a later step,
-    else the best would be of an epoch that the run does not know of, and may not come to again. Raises
-    CheckpointError.
+    If it is damaged or missing that is the one before it, or the best. Either way it is the best if that
+    is of a later step, else the best would be of an epoch that the run does not know of, and may not come
+    to again. Raises CheckpointError.
     """
     source, note = filename, None
     try:
         state = load_checkpoint(filename)
     except CheckpointError as error:
-        if not os.path.exists(source := filename.with_name(PREVIOUS)):
+        others = (filename.with_name(name) for name in (PREVIOUS, BEST))
+        if (source := next(filter(Path.exists, others), None)) is None:
             raise
         state, note = load_checkpoint(source), f"{error}: going on from {source}"
     file = filename.with_name(BEST)
@@ -185,7 +195,7 @@ class TrainingState:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float | None
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float
     ) -> None:
         self.model = model
         self.parameters = list(model.parameters())  # listed once: to walk a model takes 0.1 ms

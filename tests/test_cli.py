@@ -150,6 +150,12 @@ def test_values_from_yaml(config) -> None:
     assert isinstance(args.epochs, int) and args.vt_dim == parameters().vt_dim
 
 
+def test_off_is_a_word_and_not_a_truth_value(config) -> None:
+    parser = main_vit.make_parser()
+    assert resolve(parser, [*config("cache: off")]).cache == "off"
+    assert resolve(parser, [], {"cache": False}).cache == "off"  # of a search space in YAML
+
+
 def test_whole_numbers() -> None:
     epochs = parameters(sample={"epochs": 4.0}).epochs  # NNI's quniform gives floats
     assert epochs == 4 and isinstance(epochs, int)
@@ -472,6 +478,9 @@ def test_bfloat16_without_instructions_for_it(
     argv = ["--download-dir", image_folder, *TINY, "--max-steps", 1]
     result = run_main(*argv, "--precision", "bfloat16")
     assert result.status == 0 and ("bfloat16 is slow here" in result.stdout) is not has
+    checkpoint = result.cwd / next(result.cwd.glob("runs/*/checkpoint.pth.tar"))
+    result = run_main("--resume", checkpoint, "--max-steps", 2)
+    assert ("for it\n" in result.stdout) is not has  # --precision float32 would be refused here
     result = run_main(*argv)
     assert ("bfloat16" if has else "float32") in result.stdout
     assert "slow here" not in result.stdout

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -102,6 +103,23 @@ def test_an_error_is_one_line_from_one_rank(environment: dict[str, str], tmp_pat
     lines = [line for line in done.stderr.splitlines() if line.startswith("main_vit.py:")]
     assert len(lines) == 1 and "nowhere does not exist" in lines[0], done.stderr
     assert done.returncode == 1 and "exitcode  : 2" in done.stderr
+
+
+def test_processes_that_cannot_connect_end_with_one_line(
+    environment: dict[str, str], data_options: list[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        done = subprocess.run(
+            [sys.executable, MAIN, *data_options], capture_output=True, text=True, timeout=60,
+            env=environment | ranks | place | {"TORCHELASTIC_RUN_ID": "x"},
+        )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]  # torch's own
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("main_vit.py: another process of this run ended or does not answer")
 
 
 @pytest.mark.slow

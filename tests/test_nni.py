@@ -9,13 +9,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nni_node
 import psutil
 import pytest
 import requests
 from nni_tools import REPOSITORY, Experiment, experiment, free_port
+from test_survival import TINY
 
 from nni_vit import Trial, finite, hides_signals, trial_gpu
 
@@ -340,6 +343,15 @@ assert "nni" not in sys.modules
 """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("NNI_")}
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=clean, check=True)
+
+
+def test_request_from_nni_outside_nni_does_not_go_on_by_itself(
+    image_folder: Path, run_main: Callable[..., Any], tmp_path: Path
+) -> None:
+    argv = ["--download-dir", image_folder, *TINY, "--request-from-nni", "--max-steps", "1"]
+    assert run_main(*argv, "--model-dir", tmp_path / "run").status == 0
+    result = run_main(*argv, "--model-dir", tmp_path / "run")
+    assert result.status == 2 and "holds a run already" in result.stderr
 
 
 def test_link_and_memory_of_a_final_result(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import equal
 from torch import nn
 
 import main_vit
+import report_vit
 import setup_vit
 import step_vit
 from config_vit import resolve
@@ -129,6 +131,65 @@ def test_auto_resume_keeps_the_precision_of_another_machine(
         result = run_main(*argv, "--max-steps", steps)
         assert result.status == 0, result.stderr
         assert ", float32" in result.stdout
+
+
+def test_auto_resume_keeps_the_number_of_threads(
+    image_folder: Path, run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another number of cores, or of trials beside it, the last bits would be others."""
+    where = TINY.index("--threads")
+    argv = ["--download-dir", image_folder, *TINY[:where], *TINY[where + 2 :]]
+    argv += ["--auto-resume", "--model-dir", tmp_path / "run"]
+    for steps, cores in ((3, 1), (6, 2)):
+        monkeypatch.setattr(setup_vit, "default_threads", lambda *_, cores=cores: cores)
+        result = run_main(*argv, "--max-steps", steps)
+        assert result.status == 0, result.stderr
+        assert "CPU threads 1," in result.stdout
+
+
+@pytest.mark.parametrize("kept", [("previous", "model_best"), ("model_best",)])
+def test_a_folder_whose_last_checkpoint_was_removed_still_holds_a_run(
+    kept: tuple[str, ...], image_folder: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    """Another run there would take over the best of the first, or go on with the first."""
+    argv = ["--download-dir", image_folder, *TINY, "--model-dir", tmp_path, "--epochs", "2"]
+    assert run_main(*argv).status == 0
+    for name in {"checkpoint", "previous"}.difference(kept):
+        (tmp_path / f"{name}.pth.tar").unlink()
+    result = run_main(*argv, "--lr", "0.1")
+    assert result.status == 2 and "holds a run already" in result.stderr
+    result = run_main(*argv, "--auto-resume")
+    assert result.status == 0, result.stderr
+    assert "going on from" in result.stdout and "resumed after step" in result.stdout
+    assert load_checkpoint(tmp_path / "checkpoint.pth.tar")["step"] == 32
+
+
+def test_damaged_results_and_lines_do_not_end_a_run(
+    image_folder: Path, run_main: RunMain, read_lines, tmp_path: Path
+) -> None:
+    argv = ["--download-dir", image_folder, *TINY, "--model-dir"]
+    for name in ("whole", "edited"):
+        assert run_main(*argv, tmp_path / name, "--epochs", "2").status == 0
+    (tmp_path / "edited/results.json").write_bytes(b"\xff{")
+    with (tmp_path / "edited/metrics.jsonl").open("ab") as file:
+        file.write(b"{'epoch': 3}\n\xff}\n[3]\n")
+    for name in ("whole", "edited"):
+        result = run_main("--resume", tmp_path / name / "checkpoint.pth.tar", "--epochs", "3")
+        assert result.status == 0, result.stderr
+    assert differing(tmp_path / "whole", tmp_path / "edited", read_lines) == []
+
+
+def test_tensorboard_keeps_a_curve_that_begins_later(tmp_path: Path) -> None:
+    """One of PBT, killed after its last epoch: what a resume hides begins behind that."""
+    names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    recorder = report_vit.Recorder(tmp_path, 0)
+    for epoch in (7, 8, 9):
+        recorder.epoch({"epoch": epoch, "step": epoch, **dict.fromkeys(names, 0.5)})
+    recorder.tensorboard.close()
+    results = {"best_epoch": 8, "validation_confusion_matrix": [[1, 0], [0, 1]], "test": None}
+    report_vit.Recorder(tmp_path, 9).close(results | {"classes": ["cat", "dog"]})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [7, 8, 9]
 
 
 @pytest.mark.parametrize(

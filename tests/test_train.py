@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +33,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import report_vit
 import step_vit
 from images_vit import decode_image
-from utils_vit import TrainingState, load_checkpoint, selected_weights
+from utils_vit import TrainingState, load_checkpoint, save_checkpoint, selected_weights
 from vit import build_model
 
 CLASSES = ["cat", "dog", "eel"]
@@ -145,7 +147,7 @@ def predict(output: Path, folder: Path, which: str = "selected") -> tuple[np.nda
     model = build_model(
         a["arch"], image_size=a["image_size"], patch_size=a["patch_size"], channels=a["channel"],
         num_classes=a["num_classes"], dim=a["vt_dim"], depth=a["vt_depth"], heads=a["vt_heads"],
-        mlp_dim=a["mlp_dim"], dim_head=a["dim_head"], pool=a["pool"],
+        mlp_dim=a["mlp_dim"], dim_head=a["dim_head"], pool=a.get("pool"),
     ).eval()  # fmt: skip
     model.load_state_dict(selected_weights(saved) if which == "selected" else saved[which])
     files = sorted(folder.glob("*/*.png"))
@@ -154,6 +156,22 @@ def predict(output: Path, folder: Path, which: str = "selected") -> tuple[np.nda
         logits = model(torch.from_numpy(pixels).float() / 127.5 - 1)
     targets = np.array([saved["classes"].index(file.parent.name) for file in files])
     return logits.double().softmax(1).numpy(), targets
+
+
+@pytest.mark.parametrize("arch", ["vit", "simple_vit"])
+def test_the_readme_uses_a_model(arch: str, images: Path, train_on: Callable[..., Path]) -> None:
+    output = train_on(images, arch=arch)
+    photo, repository = images / "test" / "cat" / "000.png", Path(__file__).resolve().parents[1]
+    [code] = re.findall(r"```python\n(from .*?)```", (repository / "README.md").read_text(), re.S)
+    code = code.replace("runs/X", str(output)).replace("photo.jpg", str(photo))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    probabilities, _ = predict(output, images / "test")
+    assert eval(done.stdout) == pytest.approx(
+        dict(zip(CLASSES, probabilities[0], strict=True)), abs=1e-6
+    )
 
 
 def metrics_by_sklearn(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -661,6 +679,19 @@ def test_resume_with_more_steps(
     assert all(equal(one[key], other[key]) for key in ("model", "optimizer", "step"))
     assert read_lines(part)[-1]["val_loss"] == read_lines(whole)[-1]["val_loss"]
     assert [line["epoch"] for line in read_lines(part)] == [1, 2]
+
+
+def test_resume_with_fewer_steps_than_were_taken(
+    no_test: Path, train_on: Callable[..., Path], run_main: RunMain, read_lines: ReadLines
+) -> None:
+    part = train_on(no_test, max_steps=STEPS + 5)
+    (part / "results.json").unlink()
+    saved = torch.load(part / "checkpoint.pth.tar", weights_only=True)
+    saved["validated"] = STEPS  # as if a signal had ended it there
+    save_checkpoint(saved, False, part / "checkpoint.pth.tar")
+    result = run_main("--resume", part / "checkpoint.pth.tar", "--max-steps", STEPS + 2)
+    assert result.status == 0, result.stderr
+    assert read_lines(part)[-1]["step"] == state_of(part)["step"] == STEPS + 5
 
 
 def test_resume_stays_in_its_folder(
