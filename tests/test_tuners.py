@@ -254,6 +254,76 @@ def test_smac_is_told_failures_as_crashes() -> None:
     assert later.count(1) >= 34, later  # of 60, where chance has 30; 42 or so were seen
 
 
+def told_to_smac(tuner: Any) -> list[tuple[dict[str, Any], str, float]]:
+    """Parameters, status and value of all trials that SMAC itself knows."""
+    from nni.common.hpo_utils import deformat_parameters
+
+    history, trials = tuner._facade.runhistory, []
+    for key, trial in history.items():
+        point = tuner._point(history.get_config(key.config_id))
+        trials.append((deformat_parameters(point, tuner._specs), trial.status.name, -trial.cost))
+    return trials
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_smac_learns_results_after_a_resume_for_what_was_tried(seed: int) -> None:
+    """Two trials go on after it; what comes next is told for itself and not for one of these."""
+    space = {"a": spec("choice", 10, 20, 30), "b": spec("choice", 1, 2)}
+    under_way = [{"a": 10, "b": 1}, {"a": 30, "b": 1}]
+    tuner, ended = make("smac_tuner.Smac", space, seed=seed), []
+    tuner.import_data([{"parameter": p, "value": None, "under_way": True} for p in under_way])
+    for number in range(3):
+        parameters = tuner.generate_parameters(number)
+        assert parameters not in under_way
+        ended.append((parameters, "SUCCESS", parameters["a"] + parameters["b"]))
+        tuner.receive_trial_result(number, parameters, ended[-1][2])
+        told = told_to_smac(tuner)
+        assert [trial for trial in told if trial[1] != "RUNNING"] == ended
+        assert all(any(p == trial[0] for trial in told) for p in under_way)
+    # NNI brings the result of such a trial as data to import.
+    tuner.import_data([{"parameter": under_way[0], "value": 11}])
+    parameters = tuner.generate_parameters(3)
+    tuner.receive_trial_result(3, parameters, 0)
+    ended += [(under_way[0], "SUCCESS", 11), (parameters, "SUCCESS", 0)]
+    told = [trial for trial in told_to_smac(tuner) if trial[1] != "RUNNING"]
+    assert sorted(told, key=lambda trial: trial[2]) == sorted(ended, key=lambda trial: trial[2])
+
+
+@pytest.mark.slow
+def test_smac_waits_for_trials_that_run() -> None:
+    """Its points on one step of a q type are one trial: all get to know how that ends, and not before."""
+    tuner = make("smac_tuner.Smac", {"x": spec("qnormal", 5, 1, 1)}, startup_trials=10)
+    running = [tuner.generate_parameters(number) for number in range(4)]
+    told = told_to_smac(tuner)
+    assert {status for _, status, _ in told} == {"RUNNING"}
+    assert len(told) > 4, "no two on one step: another seed is to be taken"
+    for number, parameters in enumerate(running):
+        if number < 3:
+            tuner.receive_trial_result(number, parameters, number)
+        tuner.trial_end(number, number < 3)
+    ends = [("SUCCESS", 0.0), ("SUCCESS", 1.0), ("SUCCESS", 2.0), ("CRASHED", -2.0)]
+    assert [trial[1:] for trial in told_to_smac(tuner)] == [
+        ends[running.index(parameters)] for parameters, _, _ in told
+    ]
+
+
+@pytest.mark.slow
+def test_smac_made_anew_is_told_of_trials_that_run() -> None:
+    """As after a failure before the first results: those that run meanwhile are not forgotten."""
+    space = {"width": spec("choice", 1, 2, 3), "depth": spec("quniform", 1, 9, 1)}
+    tuner = make("smac_tuner.Smac", space)
+    running = [tuner.generate_parameters(number) for number in range(4)]
+    tuner.trial_end(0, False)
+    running.append(tuner.generate_parameters(4))
+    assert running[0] not in running[1:]
+    for number in (1, 2, 3, 4):
+        tuner.receive_trial_result(number, running[number], number)
+        running.append(tuner.generate_parameters(number + 4))
+    told = {value: p for p, status, value in told_to_smac(tuner) if status == "SUCCESS"}
+    assert told == {number: running[number] for number in (1, 2, 3, 4)}
+
+
 def test_nobody_waits_for_smac_at_the_start() -> None:
     """NNI gives a tuner 10 s to connect: to make it imports nothing of SMAC; not installed, it says so."""
     code = (

@@ -209,8 +209,8 @@ class Remembering(Robust):
         pass
 
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
-        self._tell(-1, parameters, value)
         self._under_way(parameters)
+        self._tell(-1, parameters, value)
 
     def _under_way(self, parameters: dict[str, Any]) -> None:
         self._unused.add_history(format_parameters(parameters, self._specs))

@@ -15,7 +15,7 @@ from statistics import NormalDist
 from typing import Any
 
 from nni.algorithms.hpo.random_tuner import suggest
-from nni.common.hpo_utils import deformat_parameters
+from nni.common.hpo_utils import deformat_parameters, format_parameters
 from robust_tuner import Remembering, cleaned, frozen
 
 TAIL = 1e-3  # of a normal, beyond which nothing is suggested
@@ -39,8 +39,11 @@ class Smac(Remembering):
         self._startup_trials = startup_trials
         self._folder = tempfile.TemporaryDirectory(prefix="smac-")  # it writes even if not asked to
         self._facade: Any = None
-        self._asked: dict[int, Any] = {}  # TrialInfo of the present facade by parameter_id
-        self._losses: dict[Any, float | None] = {}  # of all parameters that were suggested
+        # By `_key` of the parameters: those of trials that run, what the present facade waits for (several
+        # TrialInfo where its points are the same on the steps of a q type), and how trials ended.
+        self._running: dict[Any, dict[str, Any]] = {}
+        self._asked: dict[Any, list[Any]] = {}
+        self._losses: dict[Any, float | None] = {}
 
     def _new_space(self, space: dict[str, Any]) -> None:
         super()._new_space(space)
@@ -48,13 +51,16 @@ class Smac(Remembering):
         self._facade = None
 
     def _propose(self, parameter_id: int) -> dict[str, Any]:
-        point = self._ask(parameter_id) or suggest(self._rng, self._specs)
+        point = self._ask()
+        if point is None:
+            self._facade = None  # its generator has ended, or it does not know what is tried now
+            point = suggest(self._rng, self._specs)
         # The point itself if it is new, else what is left of a grid, else NoMoreTrialError.
         parameters = deformat_parameters(self._unused(point), self._specs)
-        self._losses[self._key(parameters)] = None
+        self._running[self._key(parameters)] = parameters
         return parameters
 
-    def _ask(self, parameter_id: int) -> dict[Any, Any] | None:
+    def _ask(self) -> dict[Any, Any] | None:
         """A point of SMAC's that was not suggested before, None if it has none."""
         # SMAC takes seconds to import, NNI waits 10 s for a tuner: not before the first suggestion.
         from smac.main.exceptions import ConfigurationSpaceExhaustedException
@@ -66,15 +72,15 @@ class Smac(Remembering):
                     warnings.simplefilter("ignore")  # means of empty slices
                     info = self._facade.ask()
             except (StopIteration, ConfigurationSpaceExhaustedException):
-                self._facade = None  # its generator has ended
                 return None
             point = self._point(info.config)
             key = self._key(deformat_parameters(point, self._specs))
-            if key not in self._losses:
-                self._asked[parameter_id] = info
+            if key in self._losses:
+                self._facade.tell(info, self._result(self._losses[key]), save=False)
+                continue
+            self._asked.setdefault(key, []).append(info)
+            if key not in self._running:
                 return point
-            # Two of its points can be the same on the steps of a q type: it gets to know the result.
-            self._facade.tell(info, self._result(self._losses[key]), save=False)
         return None
 
     def _key(self, parameters: dict[str, Any]) -> Any:
@@ -85,26 +91,27 @@ class Smac(Remembering):
             self._history.remove((parameters, None))
             self._facade = None  # all is told again
         super()._tell(parameter_id, parameters, value)
-        self._learn(parameter_id, parameters, self._sign * value)
+        self._learn(parameters, self._sign * value)
 
     def _fail(self, parameter_id: int, parameters: dict[str, Any]) -> None:
         super()._fail(parameter_id, parameters)
-        self._learn(parameter_id, parameters, None)
+        self._learn(parameters, None)
 
-    def _replay(self, parameters: dict[str, Any], value: float) -> None:
-        super()._replay(parameters, value)
-        self._losses[frozen(parameters)] = self._sign * value
+    def _under_way(self, parameters: dict[str, Any]) -> None:
+        super()._under_way(parameters)
+        self._running[frozen(parameters)] = parameters
         self._facade = None
 
-    def _learn(self, parameter_id: int, parameters: dict[str, Any], loss: float | None) -> None:
+    def _learn(self, parameters: dict[str, Any], loss: float | None) -> None:
         """One result, or None for a failure, to SMAC."""
-        self._losses[frozen(parameters)] = loss
+        key = frozen(parameters)
+        self._losses[key] = loss
+        self._running.pop(key, None)
         losses = [known for _, known in self._history if known is not None]
         if len(losses) < len(self._history) and len(losses) <= 1:
             # How bad a failure is, is known from the first result on; then all are told again.
             self._facade = None
-        info = self._asked.pop(parameter_id, None)
-        if self._facade is not None and info is not None:
+        for info in self._asked.pop(key, ()) if self._facade else ():
             self._facade.tell(info, self._result(loss), save=False)
 
     def _result(self, loss: float | None) -> Any:
@@ -121,7 +128,7 @@ class Smac(Remembering):
     # --- SMAC's side ----------------------------------------------------------------------------
 
     def _make_facade(self) -> Any:
-        """SMAC for the search space as it is now, told all that fits into it."""
+        """SMAC for the search space as it is now, told all that fits into it, ended or running."""
         from smac import HyperparameterOptimizationFacade as Facade
         from smac import Scenario
         from smac.acquisition.function import EI
@@ -166,6 +173,12 @@ class Smac(Remembering):
         for point, loss in known if finite else ():  # its own trials then take the same seed
             config = self._configuration(scenario.configspace, point)
             facade.tell(TrialInfo(config, seed=0), self._result(loss), save=False)
+        for key, parameters in self._running.items():
+            if self._fits(parameters):
+                point = format_parameters(parameters, self._specs)
+                info = TrialInfo(self._configuration(scenario.configspace, point), seed=0)
+                facade.runhistory.add_running_trial(info)
+                self._asked[key] = [info]
         return facade
 
     def _config_space(self) -> Any:
