@@ -36,7 +36,7 @@ from images_vit import (
     size_time_problem,
 )
 
-CACHE_FORMAT = 3  # to be raised when decoding or the file changes
+CACHE_FORMAT = 4  # to be raised when decoding or the file changes
 MODES = ("disk", "memory", "off")
 HEADER_LENGTH, TAIL_LENGTH = 128, 12  # bytes
 log = logging.getLogger("vit.cache")
@@ -116,7 +116,7 @@ def decode_folder(
 ) -> DecodedImages:
     """Decode every image once and, on "disk", keep the result in `cache_dir` for every later run.
 
-    The cache file belongs to the list of (path, size, modification time) and to the image size and
+    The cache file belongs to the folder, its list of (path, size, modification time), the image size and
     channels. Of processes that need the same one at once, one builds it and the others wait. Nothing
     is kept of files that could be listed, but then not read. With a `limit` in bytes, files that no
     run has open make room, the least recently used first. "memory" decodes into this process's own;
@@ -161,7 +161,9 @@ def place_of(
         if problem:
             problems[i] = problem
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, size, channels, problems]).encode())
-    digest.update("\0".join(images.names).encode(errors="surrogateescape"))
+    # Copies of one archive can agree in every name, size and time, and not in their images.
+    place = os.path.realpath(images.folder)
+    digest.update("\0".join([place, *images.names]).encode(errors="surrogateescape"))
     digest.update(stats.tobytes())
     return cache_dir / f"{digest.hexdigest()[:32]}.npy", stats, problems
 

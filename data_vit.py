@@ -128,6 +128,13 @@ def _read_splits(
             f"--num-classes is {num_classes}, but {folders['train'].folder} has {len(classes)} class "
             f"folders ({', '.join(classes[:10])}): leave --num-classes out or correct it"
         )
+    for name in sorted(os.listdir(download_dir)) if has_train else ():
+        unused = name.lower() in SPLIT_NAMES and name not in ("train", "val", "test")
+        if unused and is_folder(download_dir / name):
+            raise DataError(
+                f"{download_dir / name} beside train/ would not be used: call it val or test, or move "
+                "it away"
+            )
     for name in ("val", "test"):
         if has_train and is_folder(download_dir / name) and not (name == "val" and val_split):
             folders[name] = read_image_folder(download_dir / name, classes)

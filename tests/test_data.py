@@ -154,6 +154,29 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path, make_images: MakeImag
     assert open_small(tmp_path / "parts").classes == ["invalid", "valid"]
 
 
+@pytest.mark.parametrize("name", ["valid", "Test"])
+def test_a_split_of_another_name_is_not_left_out_without_a_word(
+    name: str, image_folder: Path, make_images: MakeImages
+) -> None:
+    make_images(image_folder / name, ["cat", "dog"], 2)
+    with pytest.raises(DataError, match=f"{name} beside train/ would not be used: call it val or"):
+        open_small(image_folder)
+
+
+def test_folders_that_agree_in_every_name_size_and_time(image_folder: Path) -> None:
+    """As train/ and test/ out of one archive of BMP files can."""
+    for split, value in (("train", 10), ("test", 200)):
+        for file in (image_folder / split).glob("*/*"):
+            file.unlink()
+        for i, name in enumerate(("cat", "dog")):
+            for number in range(4):
+                file = image_folder / split / name / f"{number}.bmp"
+                Image.new("RGB", (8, 8), (value + i,) * 3).save(file)
+                os.utime(file, (0, 0))
+    data = open_small(image_folder)
+    assert data.train.pixels[:].max() == 11 and data.test.pixels[:].min() == 200
+
+
 @pytest.mark.parametrize(
     ("members", "fraction", "expected"),
     [((100, 20), 0.1, (10, 2)), ((3, 2), 0.1, (1, 1)), ((10, 2), 0.9, (9, 1))],
