@@ -92,7 +92,8 @@ def test_report(
     """The metrics of `measure` with 95 % intervals, recall per class and the confusion matrix.
 
     The interval of the accuracy is Wilson's (1927, https://doi.org/10.2307/2276774); the others are
-    normal, with the standard error of binomial recalls and with DeLong's.
+    normal, with the standard error of binomial recalls, two right and two wrong added to each (Agresti and
+    Coull 1998, https://doi.org/10.2307/2685469), and with DeLong's, where that is not 0.
     """
     auc, auc_error = area_under_curve(probabilities, targets)
     report: dict[str, Any] = accuracies(probabilities.argmax(axis=1), targets) | {"auc": auc}
@@ -105,10 +106,12 @@ def test_report(
     middle = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
     half = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2)) / (1 + Z_95**2 / n)
     report["accuracy_95"] = [100 * (middle - half), 100 * (middle + half)]
-    variances = (recall * (1 - recall))[present] / images[present]
+    counted = images[present] + 4
+    share = (matrix.diagonal()[present] + 2) / counted
+    variances = share * (1 - share) / counted
     error = 100 * math.sqrt(variances.sum()) / int(present.sum())
     report["balanced_accuracy_95"] = _interval(report["balanced_accuracy"], error, 100)
-    report["auc_95"] = None if auc_error is None else _interval(auc, auc_error, 1)
+    report["auc_95"] = _interval(auc, auc_error, 1) if auc_error else None
 
     report["recall"] = {
         name: 100 * float(recall[i]) if present[i] else None for i, name in enumerate(classes)

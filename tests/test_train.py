@@ -253,6 +253,30 @@ def test_auc_of_classes_with_few_images() -> None:
     assert report["auc"] is None and report["auc_95"] is None
 
 
+def test_intervals_of_few_and_of_perfect_predictions_are_not_0_wide() -> None:
+    targets = np.repeat([0, 1], 5)
+    report = report_vit.test_report(np.eye(2)[targets] * 0.8 + 0.1, targets, ["cat", "dog"])
+    assert report["balanced_accuracy"] == 100 and report["auc"] == 1 and report["auc_95"] is None
+    assert report["balanced_accuracy_95"][0] < 90 and report["balanced_accuracy_95"][1] == 100
+    targets = np.array([0, 1, 2])
+    report = report_vit.test_report(np.eye(3)[[0, 1, 1]], targets, ["cat", "dog", "eel"])
+    low, high = report["balanced_accuracy_95"]
+    assert low < 50 and high > 85
+
+
+def test_the_interval_of_balanced_accuracy_holds_the_true_one() -> None:
+    """About 95 of 100 times, with few images and recalls near 1 too."""
+    generator, inside = np.random.default_rng(0), 0
+    for _ in range(400):
+        targets = np.repeat([0, 1, 2], [6, 10, 30])
+        right = generator.random(len(targets)) < np.array([0.95, 0.8, 0.9])[targets]
+        predicted = np.where(right, targets, (targets + 1) % 3)
+        report = report_vit.test_report(np.eye(3)[predicted], targets, ["cat", "dog", "eel"])
+        low, high = report["balanced_accuracy_95"]
+        inside += low <= 100 * (0.95 + 0.8 + 0.9) / 3 <= high
+    assert inside / 400 >= 0.93
+
+
 @pytest.mark.slow
 def test_pictures_of_many_classes(
     make_images: Callable[..., Path], run_main: RunMain, tmp_path: Path
