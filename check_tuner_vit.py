@@ -26,7 +26,14 @@ REPLACEMENTS = {
     "metis": ("nni_tuners.Metis", "it fails with scipy from 1.11 on after cold_start_num trials"),
     "hyperband": ("hyperband_tuner.Hyperband", "it fails on the ids of trials (issue 5263)"),
     "bohb": ("bohb_tuner.BOHB", "it fails on the ids of trials (issue 5263)"),
+    "evolution": ("nni_tuners.Evolution", "a trial that is stopped ends the search without a word"),
     "dngo": ("dngo_tuner.Dngo", "it mixes up the keys and takes 0.95 for the best result"),
+}
+# What does in the place of those that raise KeyError where a sample lacks the outer of three choices.
+SHALLOW = {
+    "random": "tpe_tuner.Tpe",
+    "tpe": "tpe_tuner.Tpe",
+    "gridsearch": "nni_tuners.GridSearch",
 }
 
 
@@ -57,7 +64,8 @@ def one_line(error: Exception) -> str:
 
 def is_batch(tuner: Any) -> bool:
     """Whether the one key of the search space stands for whole samples."""
-    return (tuner.name or "").lower() in ("batch", "batchtuner")
+    name = (tuner.name or "").lower()
+    return name in ("batch", "batchtuner") or tuner.class_name == "nni_tuners.Batch"
 
 
 def check_algorithm(
@@ -73,6 +81,7 @@ def check_algorithm(
             algorithm, arguments = algorithm_class(kind, config)
             bound = inspect.signature(algorithm).bind(**arguments)
             bound.apply_defaults()
+            check_depth(config, space)
             added = added_parameters(config, algorithm, arguments, space if kind == "tuner" else {})
             parser.given_by("it adds a parameter", added)
         except Exception as error:  # of any package that a tuner may be made with
@@ -112,6 +121,17 @@ def algorithm_class(kind: str, config: Any) -> tuple[type, dict[str, Any]]:
         path, arguments = meta.class_name, {**(meta.class_args or {}), **arguments}
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name), arguments
+
+
+def check_depth(config: Any, space: dict[str, Any]) -> None:
+    """Raises ValueError for a key within choices within choices that NNI's own tuner fails on."""
+    from nni.common.hpo_utils import format_search_space
+
+    instead = SHALLOW.get((config.name or "").lower().removesuffix("tuner"))
+    for key in format_search_space(space) if instead else ():
+        if len(key) > 3:  # names, and numbers of options between them
+            name = "/".join(part for part in key if isinstance(part, str))
+            raise ValueError(replaced(instead, f"it fails on {name}, a choice inside of choices"))
 
 
 def replaced(class_name: str, reason: str) -> str:

@@ -253,6 +253,29 @@ def test_a_resume_draws_other_configurations(
     assert not [parameters for parameters in after if parameters in before]
 
 
+def test_bohb_searches_a_choice_inside_of_choices() -> None:
+    """NNI's own form of a search space raises KeyError where the choice around it was not drawn."""
+    from bohb_tuner import Generator
+
+    def choice(*options: dict[str, Any]) -> dict[str, Any]:
+        return {"_type": "choice", "_value": list(options)}
+
+    decay = choice({"_name": "none"}, {"_name": "some", "rate": SPACE["lr"]})
+    space = {"optimizer": choice({"_name": "sgd"}, {"_name": "adam", "decay": decay})}
+    generator = Generator(
+        space, 1, min_points_in_model=None, top_n_percent=15, num_samples=4,
+        random_fraction=1, bandwidth_factor=3, min_bandwidth=1e-3,
+    )  # fmt: skip
+    names = set()
+    for loss in range(20):
+        parameters = generator.get_config(1)
+        generator.new_result(loss, parameters.pop("TRIAL_BUDGET"), parameters)
+        optimizer = parameters["optimizer"]
+        names.add((optimizer["_name"], optimizer.get("decay", {}).get("_name")))
+    assert names == {("sgd", None), ("adam", "none"), ("adam", "some")}
+    assert len(generator.configs[1]) == 20
+
+
 def test_bohb_learns_by_budget() -> None:
     """NNI's own files all under budget 0; a failure counts as the worst; resumed results count too."""
     advisor = make("bohb_tuner.BOHB", seed=1, max_budget=9)
@@ -318,6 +341,40 @@ def test_a_population_survives_its_trials(failing: float, tmp_path: Path) -> Non
         resumed.import_data(data)
         assert resumed.epoch == 5
         assert all(m.hyper_parameters["load_checkpoint_dir"] in left for m in resumed.population)
+
+
+def test_a_population_of_which_no_share_is_replaced(tmp_path: Path) -> None:
+    """With `fraction: 0` every member goes on by itself, but for one that failed."""
+    module = importlib.import_module("pbt_tuner")
+    tuner = module.PBT(
+        seed=1, all_checkpoint_dir=str(tmp_path), population_size=3, fraction=0, factor=0
+    )
+    tuner.update_search_space({"lr": SPACE["lr"]})
+
+    def step(first: int, *values: float | None) -> list[dict[str, Any]]:
+        ids = list(range(first, first + 3))
+        trials = tuner.generate_multiple_parameters(ids, st_callback=None)
+        for parameter_id, parameters, value in zip(ids, trials, values, strict=True):
+            if value is not None:
+                tuner.receive_trial_result(parameter_id, parameters, {"default": value})
+            tuner.trial_end(parameter_id, value is not None)
+        return trials
+
+    def came_from(trials: list[dict[str, Any]]) -> set[tuple[str, float]]:
+        return {(trial["load_checkpoint_dir"], trial["lr"]) for trial in trials}
+
+    def left(trials: list[dict[str, Any]]) -> set[tuple[str, float]]:
+        return {(trial["save_checkpoint_dir"], trial["lr"]) for trial in trials}
+
+    first = step(0, 1, 2, 3)
+    second = step(3, 3, None, 2)
+    assert came_from(second) == left(first)
+    third = step(6, 1, 1, 1)
+    kept = [second[0], second[2]]
+    assert came_from(third) >= left(kept)
+    loaded = [trial["load_checkpoint_dir"] for trial in third]
+    assert loaded.count(second[0]["save_checkpoint_dir"]) == 2
+    assert len({trial["save_checkpoint_dir"] for trial in third}) == 3
 
 
 def test_a_population_under_way_keeps_its_search_space(tmp_path: Path) -> None:

@@ -426,6 +426,7 @@ def test_more_trials_at_a_time_than_gpus_have_room_for(
 # --- tuner and assessor --------------------------------------------------------------------------
 
 WORST = "prefer the worst models"
+TUNERS = str(REPOSITORY / "tuners")
 
 
 @pytest.mark.parametrize(
@@ -435,8 +436,9 @@ WORST = "prefer the worst models"
         ({"name": "TPE", "classArgs": {"optimize_mode": "minimize"}}, "auc", WORST),
         ({"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}, "loss", WORST),
         ({"name": "TPE", "classArgs": {"optimize_mode": "minimize"}}, "loss", None),
-        ({"name": "Evolution"}, "accuracy", None),  # it maximises by default
-        ({"name": "Evolution"}, "loss", WORST),
+        ({"name": "Evolution"}, "accuracy", "className: nni_tuners.Evolution"),
+        ({"className": "nni_tuners.Evolution", "codeDirectory": TUNERS}, "accuracy", None),
+        ({"className": "nni_tuners.Evolution", "codeDirectory": TUNERS}, "loss", WORST),
         ({"name": "Random"}, "loss", None),
         ({"name": "GridSearch"}, "accuracy", None),
         ({"name": "TPE", "classArgs": {"optimise_mode": "maximize"}}, "accuracy", "optimise_mode"),
@@ -519,15 +521,48 @@ def test_no_assessor_beside_a_tuner_that_ends_trials_itself(
     assert any(message in text for text in findings(result, "error"))
 
 
-def test_batch_tuner_hands_out_whole_samples(check) -> None:
+@pytest.mark.parametrize(
+    ("tuner", "instead"),
+    [
+        ("Random", "tpe_tuner.Tpe"),
+        ("TPE", "tpe_tuner.Tpe"),
+        ("GridSearch", "nni_tuners.GridSearch"),
+    ],
+)
+def test_a_choice_inside_of_choices_is_refused_for_nni_s_own(
+    check, tuner: str, instead: str
+) -> None:
+    """They end at the first sample that lacks the outer one; one sample alone tells it by chance."""
+    scheduler = choice(
+        {"_name": "step", "gamma": numbers("uniform", 0.5, 0.9)}, {"_name": "cosine"}
+    )
+    optimizer = choice({"_name": "adamw"}, {"_name": "sgd", "scheduler": scheduler})
+    arguments = {} if tuner == "Random" else {"optimize_mode": "maximize"}
+    changes = {"searchSpace": {"optimizer": optimizer}, "maxTrialNumber": 9}
+    result = check(tuner={"name": tuner, "classArgs": arguments}, **changes)
+    (error,) = findings(result, "error")
+    assert f"className: {instead}" in error and "optimizer/scheduler/gamma" in error
+    ours = {
+        "className": instead,
+        "codeDirectory": TUNERS,
+        "classArgs": {"optimize_mode": "maximize"},
+    }
+    assert not findings(check(tuner=ours, **changes), "error")
+
+
+OWN_BATCH = {"className": "nni_tuners.Batch", "codeDirectory": TUNERS}
+
+
+@pytest.mark.parametrize("tuner", [{"name": "BatchTuner"}, OWN_BATCH], ids=["NNI's", "ours"])
+def test_batch_tuner_hands_out_whole_samples(check, tuner: dict[str, Any]) -> None:
     samples = [{"lr": 0.001, "vt_dim": 32}, {"lr": 0.01, "patch_num": 5}]
     space = {"all": choice(*samples)}
-    result = check(tuner={"name": "BatchTuner"}, searchSpace=space, maxTrialNumber=2)
+    result = check(tuner=tuner, searchSpace=space, maxTrialNumber=2)
     assert result.status == 0
     (warning,) = findings(result, "warning")
     assert "1 of 2 combinations cannot work" in warning and "patch_num 5" in warning
-    assert check(tuner={"name": "Batch"}).status == 2
-    assert check(tuner={"name": "Batch"}, searchSpace={"all": choice()}).status == 2
+    assert check(tuner=tuner).status == 2
+    assert check(tuner=tuner, searchSpace={"all": choice()}).status == 2
 
 
 def test_nni_would_never_be_done_with_a_finite_search(check) -> None:

@@ -134,8 +134,18 @@ def test_smac_suggests_200() -> None:
         assert_fits(parameters, ALL)
 
 
+@pytest.fixture
+def resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NNI starts a tuner at `nnictl resume`, here without a manager that could be asked."""
+    import robust_tuner
+
+    env = robust_tuner.dispatcher_env_vars._replace(NNI_MODE="resume")
+    monkeypatch.setattr(robust_tuner, "dispatcher_env_vars", env)
+    monkeypatch.delenv("NNI_TUNER_COMMAND_CHANNEL", raising=False)
+
+
 @pytest.mark.parametrize("name", TUNERS)
-def test_a_resume_brings_the_results_back(name: str) -> None:
+def test_a_resume_brings_the_results_back(name: str, resumed: None) -> None:
     """`nnictl resume` makes a new tuner and imports what JavaScript has kept; it goes on from there."""
     space, count = TUNERS[name][1], min(TUNERS[name][2], 20)
     before = run(make(name), count)
@@ -150,9 +160,41 @@ def test_a_resume_brings_the_results_back(name: str) -> None:
         assert parameters not in before
 
 
+@pytest.mark.parametrize("name", ["tpe_tuner.Tpe", "anneal_tuner.Anneal", "nni_tuners.Evolution"])
+def test_no_resume_repeats_a_suggestion(name: str, resumed: None) -> None:
+    """Before the first result, with trials in flight, with failures alone, and once more after all that."""
+    space = {"lr": spec("loguniform", 1e-5, 1)}
+    tuner = make(name, space)
+    suggested = [tuner.generate_parameters(number) for number in range(3)]
+
+    def resume(results: int, failures: int = 0) -> Any:
+        """Of so many trials there are results, the last ones failed, the others are in flight."""
+        in_flight = suggested[results : len(suggested) - failures]
+        trials = [{"parameter": p, "value": score(p)} for p in suggested[:results]]
+        trials += [{"parameter": p, "value": None, "under_way": True} for p in in_flight]
+        trials += [{"parameter": p, "value": None} for p in suggested[len(suggested) - failures :]]
+        tuner = make(name, space)
+        tuner.import_data(trials)
+        return tuner
+
+    def ask(tuner: Any, first: int) -> None:
+        suggested.extend(tuner.generate_parameters(number) for number in (first, first + 1))
+        assert len({p["lr"] for p in suggested}) == len(suggested)
+
+    ask(resume(0, failures=3), 3)
+    tuner = resume(0)
+    ask(tuner, 5)
+    # NNI brings the result of a trial in flight as data to import, while others are asked for.
+    for parameters in suggested[:2]:
+        tuner.import_data([{"parameter": parameters, "value": 1}])
+    ask(tuner, 7)
+    ask(resume(2), 9)
+
+
 SMALLER = LINEAR | {"dropout": spec("uniform", 0, 0.01), "width": spec("choice", 32, 64)}
 CHANGES = {
     "smaller": SMALLER,
+    "another order": dict(reversed(LINEAR.items())) | {"wd": spec("uniform", 0, 1)},
     "other keys": {k: v for k, v in LINEAR.items() if k != "share"} | {"wd": spec("uniform", 0, 1)},
 }
 
@@ -354,6 +396,60 @@ def test_every_combination_once_and_then_no_more(name: str, monkeypatch) -> None
     tuner.import_data([{"parameter": p, "value": score(p)} for p in suggested[:4]])
     rest = tuner.generate_multiple_parameters([0, 1, 2])
     assert sorted(map(str, rest)) == sorted(map(str, suggested[4:]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tpe_tuner.Tpe", "anneal_tuner.Anneal", "nni_tuners.GridSearch",
+     pytest.param("smac_tuner.Smac", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_steps_of_a_normal_come_to_an_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NNI's grid goes out to infinity for them, and its OverflowError would end the search silently."""
+    monkeypatch.delenv("NNI_TUNER_COMMAND_CHANNEL", raising=False)
+    tuner, found = make(name, {"x": spec("qnormal", 5, 1, 1)}), []
+    for number in range(60):
+        suggested = tuner.generate_multiple_parameters([number])
+        if not suggested:
+            break
+        found.append(suggested[0]["x"])
+        tuner.receive_trial_result(number, suggested[0], float(number))
+    assert not suggested and len(found) == len(set(found)) >= 12
+
+
+def test_a_resumed_batch_runs_each_combination_once(resumed: None) -> None:
+    """Of four, the second has ended and the third runs again by NNI itself."""
+    from nni_tuners import Batch
+
+    combinations = [{"lr": 0.1 * k, "vt_dim": 8 * k} for k in range(1, 5)]
+    space = {"all": spec("choice", *combinations)}
+    tuner = Batch()
+    tuner.update_search_space(space)
+    tuner.import_data(
+        [
+            {"parameter": combinations[1], "value": {"default": 0.5}},
+            {"parameter": combinations[2], "value": None, "under_way": True},
+        ]
+    )
+    assert tuner.generate_multiple_parameters([3]) == combinations[:1]
+    tuner.receive_trial_result(3, combinations[0], 0.7)
+    tuner.trial_end(3, True)
+    tuner.import_data([{"parameter": combinations[2], "value": 0.6}])
+    assert tuner.generate_multiple_parameters([4, 5]) == combinations[3:]
+
+
+def test_a_changed_batch_runs_what_is_new() -> None:
+    """`nnictl update searchspace`; what is no list of samples leaves the old one."""
+    from nni_tuners import Batch
+
+    combinations = [{"lr": 0.1}, {"lr": 0.2}, {"lr": 0.3}]
+    tuner = Batch()
+    tuner.update_search_space({"all": spec("choice", *combinations[1:])})
+    tuner.generate_parameters(0)
+    tuner.update_search_space({"all": spec("choice", *combinations), "more": spec("choice", 1)})
+    tuner.update_search_space({"all": spec("choice", 1, 2)})
+    assert tuner.generate_parameters(1) == combinations[2]
+    tuner.update_search_space({"all": spec("choice", *combinations)})
+    assert tuner.generate_multiple_parameters([2, 3]) == combinations[:1]
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ try:
     from nni.algorithms.hpo.bohb_advisor.config_generator import CG_BOHB
 except ImportError as error:
     raise ImportError(f"{error}: pip install ConfigSpace statsmodels") from None
-from nni.common.hpo_utils import deformat_parameters, format_parameters, format_search_space
+from nni.common.hpo_utils import deformat_parameters, format_parameters
 from nni.runtime.tuner_command_channel import CommandType
 from nni.utils import MetricType, OptimizeMode
-from robust_tuner import left_out_of_resume
+from robust_tuner import formatted, left_out_of_resume
 
 log = logging.getLogger(f"nni.{__name__}")  # which NNI writes to dispatcher.log
 BUDGET = "TRIAL_BUDGET"
@@ -35,7 +35,7 @@ class Generator(CG_BOHB):
     """
 
     def __init__(self, space: dict[str, Any], seed: int | None, **options: Any) -> None:
-        self.specs = format_search_space(space)
+        self.specs = formatted(space)
         configspace = ConfigSpace.ConfigurationSpace(seed=seed)
         for key, spec in self.specs.items():
             if spec.categorical:

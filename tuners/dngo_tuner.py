@@ -47,6 +47,12 @@ class Dngo(Robust, nni_dngo.DNGOTuner):
         if self._seed is not None:
             np.random.seed(self._seed)  # the order of batches
             nni_dngo.torch.manual_seed(self._seed)
+        # What it learned is of the keys as they were.
+        known = list(zip(self.x, self._values, strict=True))
+        self.x, self.y, self._values, self._model_initialized = [], [], [], False
+        for parameters, value in known:
+            if self._fits(parameters):
+                self._replay(parameters, self._sign * value)
 
     def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
         # NNI's expects an improvement over 0.95, whatever the metric is: that is made the best so far.

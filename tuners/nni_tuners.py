@@ -7,8 +7,10 @@ import functools
 import random
 from typing import Any
 
+import nni
 import numpy as np
 import scipy.optimize
+from nni.algorithms.hpo.batch_tuner import BatchTuner
 from nni.algorithms.hpo.evolution_tuner import EvolutionTuner, Individual
 from nni.algorithms.hpo.gp_tuner import GPTuner
 from nni.algorithms.hpo.gp_tuner import util as gp_util
@@ -48,6 +50,38 @@ class GridSearch(Robust, GridSearchTuner):
 
     def _under_way(self, parameters: dict[str, Any]) -> None:
         self._tried.add(frozen(parameters))
+
+
+class Batch(Robust, BatchTuner):
+    """Every combination of the list once; NNI's leaves some out and repeats others after a resume."""
+
+    types = ("choice",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tried: list[dict[str, Any]] = []
+
+    def _check_types(self, search_space: dict[str, Any]) -> None:
+        super()._check_types(search_space)
+        values = [value for spec in search_space.values() for value in spec["_value"]]
+        if len(search_space) != 1 or not all(isinstance(value, dict) for value in values):
+            raise ValueError("Batch takes one choice, of which every value is a whole sample")
+
+    def _fits(self, parameters: Any) -> bool:
+        return any(parameters in spec["_value"] for spec in self._search_space.values())
+
+    def _propose(self, parameter_id: int) -> dict[str, Any]:
+        left = [value for value in self._values if value not in self._tried]
+        if not left:
+            raise nni.NoMoreTrialError
+        self._tried.append(left[0])
+        return left[0]
+
+    def _replay(self, parameters: dict[str, Any], value: float) -> None:
+        self._under_way(parameters)
+
+    def _under_way(self, parameters: dict[str, Any]) -> None:
+        self._tried.append(parameters)
 
 
 class Evolution(Robust, EvolutionTuner):
@@ -91,6 +125,14 @@ class Evolution(Robust, EvolutionTuner):
             Individual(with_index(self._search_space, parameters), result=result)
         )
 
+    def _reseed(self, number: int) -> None:
+        random.seed(seed_after(self._seed, number))
+        self.random_state.seed(seed_after(self._seed, number))
+        # Those drawn at the start are under way by now, or were even tried.
+        self.population = [one for one in self.population if one.result is not None]
+        for _ in range(self.population_size - len(self.population)):
+            self._random_generate_individual()
+
 
 class GP(Robust, GPTuner):
     """NNI's ends the search at a result that is not finite; spaces of numbers only."""
@@ -125,16 +167,27 @@ class Metis(Robust, MetisTuner):
         metis_library.minimize = minimize
         metis_model.create_model = metis_process
         self._seed = seed
+        self._results: list[tuple[dict[str, Any], float]] = []
 
     def _new_space(self, space: dict[str, Any]) -> None:
         random.seed(self._seed)  # NNI's draws from both
         np.random.seed(self._seed)
-        self.key_order = []  # NNI's only ever adds to it
+        # NNI's only ever adds to these, by the place of a key.
+        self.key_order, self.total_data = [], []
+        self.samples_x, self.samples_y, self.samples_y_aggregation = [], [], []
         super()._new_space({key: for_metis(**spec) for key, spec in space.items()})
+        results, self._results = self._results, []
+        for parameters, value in results:
+            if self._fits(parameters):
+                self._replay(parameters, value)
+
+    def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
+        self._results.append((parameters, value))
+        super()._tell(parameter_id, parameters, value)
 
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
         self.total_data.append(parameters)
-        super()._tell(-1, parameters, value)
+        self._tell(-1, parameters, value)
 
     def _reseed(self, number: int) -> None:
         random.seed(seed_after(self._seed, number))

@@ -115,7 +115,8 @@ class PBT(pbt_tuner.PBTTuner):
         members = sorted(self.finished, key=lambda trial: trial.score, reverse=maximize)
         succeeded = [trial for trial in members if math.isfinite(trial.score)]
         share = math.ceil(self.fraction * len(members))
-        tops = copy.deepcopy(succeeded[:share])  # as they were in the step that ends
+        # As they were in the step that ends; one at least, for those that failed.
+        tops = copy.deepcopy(succeeded[: max(share, 1)])
         kept = succeeded[: max(len(members) - share, 1)]
         for trial in members:
             own = trial.hyper_parameters

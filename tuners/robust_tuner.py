@@ -43,7 +43,6 @@ class Robust(Tuner):
         self._search_space: dict[str, Any] = {}  # as it was given
         self._specs: dict[Any, Any] = {}  # in NNI's internal form
         self._ending: threading.Thread | None = None
-        self._replayed = 0
         self._resumes = dispatcher_env_vars.NNI_MODE == "resume"
 
     # --- what NNI calls ---------------------------------------------------------------------------
@@ -83,7 +82,11 @@ class Robust(Tuner):
     def generate_parameters(self, parameter_id: int, **kwargs: Any) -> dict[str, Any]:
         """Plain Python numbers and strings. Raises nni.NoMoreTrialError where there is nothing left."""
         with self._lock:
-            parameters = cleaned(self._propose(parameter_id), self._search_space)
+            try:
+                proposed = self._propose(parameter_id)
+            except OverflowError:  # of NNI's grid, which goes out to infinity for steps of a normal
+                raise nni.NoMoreTrialError("all but what is most unlikely was tried") from None
+            parameters = cleaned(proposed, self._search_space)
             self._suggested[parameter_id] = parameters
             return parameters
 
@@ -126,8 +129,8 @@ class Robust(Tuner):
         """The results of before `nnictl resume`, and of trials that it let run again."""
         with self._lock:
             data = nni.load(data) if isinstance(data, str) else data
-            if self._resumes:
-                self._resumes = False
+            resumes, self._resumes = self._resumes, False
+            if resumes:
                 data = [*data, *left_out_of_resume()]
             for trial in data:
                 trial = nni.load(trial) if isinstance(trial, str) else trial
@@ -135,13 +138,13 @@ class Robust(Tuner):
                 fits = self._fits(parameters)
                 if fits and number is not None:
                     self._replay(parameters, number)
-                    self._replayed += 1
                 elif fits and "under_way" in trial:
                     self._under_way(parameters)
                 else:
                     log.warning("not imported: %r", trial)
-            # With its first random numbers again, a tuner would suggest once more what it did before.
-            self._reseed(self._replayed)
+            if resumes:  # first of all, and not once more when trials end that go on after it
+                # With random numbers that it had before, a tuner would suggest the same again.
+                self._reseed(len(data))
 
     # --- the engine; by default the tuner of NNI that is the next base ------------------------------
 
@@ -288,7 +291,10 @@ def manager() -> tuple[requests.Session, str]:
 
 
 def left_out_of_resume() -> list[dict[str, Any]]:
-    """What NNI 3.0 does not import at a resume: results of stopped trials, parameters of those under way."""
+    """The trials that NNI 3.0 does not import at a resume; with None for the result if there is none.
+
+    It leaves out what stopped trials had reached, those that failed, and those under way.
+    """
     session, rest = manager()
     try:
         finals = session.get(f"{rest}/metric-data?type=FINAL", timeout=10).json()
@@ -300,15 +306,15 @@ def left_out_of_resume() -> list[dict[str, Any]]:
     found = []
     for trial in trials:
         value, under_way = values.get(trial["trialJobId"]), trial["status"] not in ENDED
-        wanted = under_way or (trial["status"] != "SUCCEEDED" and value is not None)
-        if not wanted or not trial.get("hyperParameters"):
+        imported = trial["status"] == "SUCCEEDED" and value is not None
+        if imported or not trial.get("hyperParameters"):
             continue
         while isinstance(value, str):  # JSON in JSON
             value = nni.load(value)
         parameters = nni.load(trial["hyperParameters"][0])["parameters"]
         entry = {"parameter": parameters, "value": value}
         found.append(entry | ({"under_way": True} if under_way else {}))
-        log.info("back after the resume: %s", found[-1])
+        log.info("known after the resume: %s", found[-1])
     return found
 
 
