@@ -267,7 +267,7 @@ def default_threads(cores: int, torchs: int, concurrency: int, given: bool) -> i
 
 
 def open_data(args: argparse.Namespace) -> data_vit.Data:
-    """The images of --download-dir, or the demo, on the GPU that was chosen if they fit there."""
+    """The images of --download-dir, or the demo, on the GPU that was chosen if they fit."""
     data = data_vit.open_data(
         args.download_dir or data_vit.make_digits(),
         num_classes=args.num_classes,

@@ -50,9 +50,7 @@ class Dngo(Robust, nni_dngo.DNGOTuner):
         # What it learned is of the keys as they were.
         known = list(zip(self.x, self._values, strict=True))
         self.x, self.y, self._values, self._model_initialized = [], [], [], False
-        for parameters, value in known:
-            if self._fits(parameters):
-                self._replay(parameters, self._sign * value)
+        self._replay_fitting([(parameters, self._sign * value) for parameters, value in known])
 
     def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
         # NNI's expects an improvement over 0.95, whatever the metric is: that is made the best so far.

@@ -177,9 +177,7 @@ class Metis(Robust, MetisTuner):
         self.samples_x, self.samples_y, self.samples_y_aggregation = [], [], []
         super()._new_space({key: for_metis(**spec) for key, spec in space.items()})
         results, self._results = self._results, []
-        for parameters, value in results:
-            if self._fits(parameters):
-                self._replay(parameters, value)
+        self._replay_fitting(results)
 
     def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
         self._results.append((parameters, value))

@@ -166,6 +166,12 @@ class Robust(Tuner):
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
         super().import_data([{"parameter": parameters, "value": value}])
 
+    def _replay_fitting(self, results: list[tuple[dict[str, Any], float]]) -> None:
+        """Of earlier results those that fit into the search space as it is now."""
+        for parameters, value in results:
+            if self._fits(parameters):
+                self._replay(parameters, value)
+
     def _under_way(self, parameters: dict[str, Any]) -> None:
         """Of a trial that goes on after a resume, and tells its result later: not to be tried again."""
 

@@ -33,9 +33,7 @@ class Tpe(Robust, TpeTuner):
         self._running_params = {i: p for i, p in self._params.items() if i in self._running_params}
         self._history.clear()
         results, self._results = self._results, []
-        for parameters, value in results:
-            if self._fits(parameters):
-                self._replay(parameters, value)
+        self._replay_fitting(results)
 
     def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
         self._results.append((parameters, value))
