@@ -171,7 +171,7 @@ def test_a_resume_brings_back_what_stopped_trials_reached(
             running.nnictl("trial", "kill", running.id, "--trial_id", trial["trialJobId"])
             assert_whole(running, trial["trialJobId"])
         log = running.folder / "exp" / running.id / "log" / "dispatcher.log"
-        assert log.read_text().count("back after the resume") >= 2
+        assert log.read_text().count("known after the resume") >= 2
     assert sorted(tried) == rates
 
 
