@@ -87,7 +87,7 @@ def read_image_folder(folder: Path, classes: list[str] | None = None) -> ImageFo
     names, counts, ignored = [], [], Counter()
     for name in found:
         before = len(names)
-        for file in _files_below(str(folder), name):
+        for file in files_below(str(folder), name):
             extension = os.path.splitext(file)[1]
             if extension.lower() in IMAGE_EXTENSIONS:
                 names.append(file)
@@ -107,7 +107,7 @@ def is_folder(path: Path) -> bool:
     return path.is_dir()
 
 
-def _files_below(root: str, folder: str) -> Iterator[str]:
+def files_below(root: str, folder: str) -> Iterator[str]:
     """Files at any depth of `root`/`folder` by their path below `root`, sorted by its parts.
 
     Hidden ones are left out; links to folders are followed, circles once. Raises OSError.

@@ -196,7 +196,7 @@ class ViT(nn.Module):
             # To a quarter of a grey level or less; the norm that comes next is float32 on a GPU.
             images = images.to(torch.get_autocast_dtype("cpu"))
         embedded = self.embedding_norm(self.embed(self.patches(images)))
-        cls_token = self.cls_token.expand(len(images), -1, -1)
+        cls_token = self.cls_token.expand(images.shape[0], -1, -1)
         x = torch.cat((cls_token, embedded), dim=1) + self.pos_embedding  # (batch, tokens, dim)
         x = self.dropout(x.to(embedded.dtype))
         x = self.transformer(x, read=1 if self.pool == "cls" else None)

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -156,22 +154,6 @@ def predict(output: Path, folder: Path, which: str = "selected") -> tuple[np.nda
         logits = model(torch.from_numpy(pixels).float() / 127.5 - 1)
     targets = np.array([saved["classes"].index(file.parent.name) for file in files])
     return logits.double().softmax(1).numpy(), targets
-
-
-@pytest.mark.parametrize("arch", ["vit", "simple_vit"])
-def test_the_readme_uses_a_model(arch: str, images: Path, train_on: Callable[..., Path]) -> None:
-    output = train_on(images, arch=arch)
-    photo, repository = images / "test" / "cat" / "000.png", Path(__file__).resolve().parents[1]
-    [code] = re.findall(r"```python\n(from .*?)```", (repository / "README.md").read_text(), re.S)
-    code = code.replace("runs/X", str(output)).replace("photo.jpg", str(photo))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    probabilities, _ = predict(output, images / "test")
-    assert eval(done.stdout) == pytest.approx(
-        dict(zip(CLASSES, probabilities[0], strict=True)), abs=1e-6
-    )
 
 
 def metrics_by_sklearn(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:

@@ -1,0 +1,211 @@
+"""Use a trained model: what it says of images, how good it is on others, a file for other programs.
+
+python predict_vit.py model_best.pth.tar photo.jpg folder > predictions.csv
+python predict_vit.py model_best.pth.tar --evaluate my_images/test
+python predict_vit.py model_best.pth.tar --export model.onnx
+"""
+
+import argparse
+import csv
+import importlib.util
+import io
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import report_vit
+import setup_vit
+import step_vit
+import utils_vit
+import vit
+from config_vit import ARCH_DEFAULTS, Parser, UsageError, model_sizes
+from data_vit import Split, batches
+from images_vit import (
+    IMAGE_EXTENSIONS,
+    DataError,
+    ImageFolder,
+    decode_here,
+    files_below,
+    printable,
+    read_image_folder,
+    size_time_problem,
+)
+from options_vit import make_parser
+from utils_vit import CheckpointError
+
+DECODED_AT_ONCE = 2**28  # bytes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 with a line on stderr for each bad input."""
+    parser = Parser(prog="predict_vit.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    # fmt: off
+    add("model", type=Path, help="model_best.pth.tar of a run")
+    add("images", type=Path, nargs="*", default=[], help="files, and folders with images at any depth: a line of CSV for each image, with the probability of every class")
+    add("--evaluate", type=Path, metavar="DIR", help="folder with the class folders of the training: prints what results.json says of test/")
+    add("--export", type=Path, metavar="FILE", help=".pt2 (torch.export) or .onnx: writes the model, from pixels, uint8 (batch, channels, size, size), to probabilities (batch, classes)")
+    # fmt: on
+    try:
+        args = parser.parse_args(argv)
+        if bool(args.images) + bool(args.evaluate) + bool(args.export) != 1:
+            raise UsageError("give either images, --evaluate or --export")
+        classifier = Classifier(args.model)
+        if args.export:
+            export(classifier, args.export)
+        elif args.evaluate:
+            print(json.dumps(evaluate(classifier, args.evaluate), indent=2))
+        else:
+            return print_predictions(classifier, images_of(args.images, classifier.classes))
+        return 0
+    except (UsageError, DataError, CheckpointError) as error:
+        print(f"predict_vit.py: error: {UsageError(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a folder that cannot be listed, a full disk
+        print(f"predict_vit.py: {UsageError(str(error))}", file=sys.stderr)
+        return 1
+
+
+class Classifier(nn.Module):
+    """Pixels uint8 (batch, channels, size, size) -> probabilities (batch, classes), by a checkpoint's selected model.
+
+    `args` are the parameters of its run. Raises CheckpointError.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        saved = utils_vit.load_checkpoint(file)
+        parameters = make_parser().given_by(str(file), saved["args"])
+        self.args = argparse.Namespace(**ARCH_DEFAULTS | parameters)
+        self.classes: list[str] = saved["classes"]
+        self.device = torch.device("cuda" if utils_vit.usable_gpus() else "cpu")
+        try:
+            self.model = vit.build_model(
+                self.args.arch, num_classes=len(self.classes), depth=self.args.vt_depth,
+                **model_sizes(self.args),
+            )  # fmt: skip
+            self.model.load_state_dict(utils_vit.selected_weights(saved))
+        except (ValueError, RuntimeError) as error:  # another vit-pytorch, or none of its packages
+            raise CheckpointError(f"checkpoint {file}: {error}") from None
+        self.to(self.device).eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(pixels.float() / 127.5 - 1).softmax(dim=1)
+
+    @torch.inference_mode()
+    def predict(self, images: ImageFolder) -> Iterator[tuple[ImageFolder, Tensor, dict[int, str]]]:
+        """The images part by part: logits (images, classes) on the CPU, and why some have none, by index.
+
+        In the precision of the run, where this device computes in it: as its validation did.
+        """
+        size, channels = self.args.image_size, self.args.channel
+        fast = setup_vit.has_bfloat16(self.device)
+        autocast = step_vit.autocast(self.device, self.args.precision if fast else "float32")
+        count = max(1, DECODED_AT_ONCE // (channels * size**2))
+        for first in range(0, len(images.names), count):
+            part = slice(first, first + count)
+            some = replace(images, names=images.names[part], targets=images.targets[part])
+            shape = (len(some.names), channels, size, size)
+            problems = (size_time_problem(str(some.path(i)))[2] for i in range(shape[0]))
+            known = {i: problem for i, problem in enumerate(problems) if problem}
+            decoded = decode_here(some, shape, setup_vit.usable_cores(), "memory", known)
+            split = Split(decoded.pixels, some.targets, np.arange(shape[0]))
+            with autocast:
+                logits = [
+                    self.model(shown).float() for shown, *_ in batches(split, 64, self.device)
+                ]
+            yield some, torch.cat(logits).cpu(), decoded.broken
+
+
+def images_of(paths: list[Path], classes: list[str]) -> ImageFolder:
+    """The files among `paths`, and the images below the folders among them, of no known class."""
+    names: list[str] = []
+    for path in paths:
+        if not path.is_dir():
+            names.append(str(path))
+            continue
+        found = [f"{path}/{name[2:]}" for name in files_below(str(path), ".")]
+        found = [name for name in found if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
+        if not found:
+            raise DataError(f"folder {path} has no images (*.jpg, *.png, ...)")
+        names += found
+    return ImageFolder(Path(), classes, names, np.zeros(len(names), np.int64))
+
+
+def print_predictions(classifier: Classifier, images: ImageFolder) -> int:
+    """A line of CSV for each image; returns 2 if there were some without, which stderr names."""
+    sys.stdout.reconfigure(errors="surrogateescape", newline="")  # names of files can be any bytes
+    table = csv.writer(sys.stdout)
+    table.writerow(["image", "class", *classifier.classes])
+    status = 0
+    for part, logits, broken in classifier.predict(images):
+        for i, probabilities in enumerate(logits.double().softmax(dim=1)):
+            if i in broken:
+                print(printable(f"predict_vit.py: {part.path(i)}: {broken[i]}"), file=sys.stderr)
+                status = 2
+                continue
+            best = classifier.classes[int(probabilities.argmax())]
+            table.writerow([part.path(i), best, *(f"{p:.6g}" for p in probabilities.tolist())])
+        sys.stdout.flush()
+    return status
+
+
+def evaluate(classifier: Classifier, folder: Path) -> dict[str, object]:
+    """Loss, metrics and confusion matrix of the images in the class folders of `folder`.
+
+    Raises DataError, also if there is an image that cannot be decoded.
+    """
+    images = read_image_folder(folder, classifier.classes)
+    logits, targets = [], torch.from_numpy(images.targets)
+    for part, some, broken in classifier.predict(images):
+        if broken:
+            i, why = min(broken.items())
+            raise DataError(f"{part.path(i)}: {why}: repair or remove it")
+        logits.append(some)
+    whole = torch.cat(logits)
+    loss = {"loss": F.cross_entropy(whole, targets).item()}
+    probabilities = whole.double().softmax(dim=1).numpy()
+    return loss | report_vit.test_report(probabilities, images.targets, classifier.classes)
+
+
+def export(classifier: Classifier, file: Path) -> None:
+    """Write the model with its classes, for any number of images at once. Raises UsageError.
+
+    .pt2 holds classes.json beside the program, .onnx the same text among its metadata.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if file.suffix not in (".pt2", ".onnx"):
+        raise UsageError(f"--export {file} is neither .pt2 nor .onnx")
+    if file.suffix == ".onnx" and missing:
+        raise UsageError(f"--export {file} needs packages: pip install {' '.join(missing)}")
+    classifier.cpu()  # the file may go anywhere
+    size, channels = classifier.args.image_size, classifier.args.channel
+    pixels = torch.zeros(2, channels, size, size, dtype=torch.uint8)
+    shapes, classes = {"pixels": {0: torch.export.Dim("batch")}}, json.dumps(classifier.classes)
+    program = torch.export.export(classifier, (pixels,), dynamic_shapes=shapes)
+    if file.suffix == ".pt2":
+        archive = io.BytesIO()
+        torch.export.save(program, archive, extra_files={"classes.json": classes})
+        content = archive.getvalue()
+    else:
+        names = {"input_names": ["pixels"], "output_names": ["probabilities"]}
+        translated = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        translated.model.metadata_props["classes"] = classes
+        content = translated.model_proto.SerializeToString()
+    try:
+        utils_vit.replace_file(file, content)
+    except OSError as error:
+        raise UsageError(f"--export {file} cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # predict_vit.py ... | head
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""predict_vit.py on models of tiny runs: its predictions, metrics and exported files, and what it refuses."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import predict_vit
+from images_vit import decode_image
+from utils_vit import load_checkpoint, save_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CLASSES = ["cat", "dog, big", "eel"]
+TINY = (
+    "--image-size=8 --patch-size=4 --vt-dim=16 --vt-depth=2 --vt-heads=2 --mlp-dim=32 --epochs=4 "
+    "--batch-size=16 --lr=3e-3 --threads=1"
+)
+RUNS = {
+    "vit": "",
+    "average": "--moving-average-decay=0.8 --pool=mean --precision=bfloat16",
+    "grey": "--channel=1 --dropout=0.1",
+    "simple_vit": "--arch=simple_vit",
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory, make_images: Callable[..., Path]) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for seed, (split, count) in enumerate({"train": 20, "val": 8, "test": 9}.items()):
+        make_images(folder / split, ["cat", "dog", "eel"], count, seed, noise=60)
+        (folder / split / "dog").rename(folder / split / CLASSES[1])
+        one, other = folder / split / "cat" / "000.png", folder / split / "eel" / "000.png"
+        one.rename(folder / "exchange")  # nothing is perfect
+        other.rename(one)
+        (folder / "exchange").rename(other)
+    return folder
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def model(
+    request: pytest.FixtureRequest,
+    images: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    run_main: Callable[..., Any],
+) -> Path:
+    """The best checkpoint of a tiny run."""
+    output = tmp_path_factory.mktemp("run")
+    options = (TINY + " " + RUNS[request.param]).split()
+    done = run_main("--download-dir", images, "--model-dir", output, *options)
+    assert done.status == 0, done.stderr
+    return output / "model_best.pth.tar"
+
+
+@pytest.fixture(scope="module")
+def vit(images: Path, tmp_path_factory: pytest.TempPathFactory, run_main: Any) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    assert run_main("--download-dir", images, "--model-dir", output, *TINY.split()).status == 0
+    return output / "model_best.pth.tar"
+
+
+def run(*args: Any) -> tuple[int, str, str]:
+    """Status, output and errors of the command in this process."""
+    out, err = io.TextIOWrapper(io.BytesIO(), write_through=True), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = predict_vit.main([str(arg) for arg in args])
+    return status, out.buffer.getvalue().decode(errors="surrogateescape"), err.getvalue()
+
+
+def lines_of(output: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(output, newline="")))
+
+
+def pixels_of(files: list[Path], channels: int) -> np.ndarray:
+    return np.stack([decode_image(file, 8, channels) for file in files])
+
+
+def test_predictions_are_those_that_results_json_counts(model: Path, images: Path) -> None:
+    status, out, err = run(model, images / "test")
+    assert (status, err) == (0, "")
+    lines = lines_of(out)
+    files = sorted((images / "test").glob("*/*.png"))
+    assert [line["image"] for line in lines] == list(map(str, files))
+    matrix = np.zeros((3, 3), int)
+    for line in lines:
+        probabilities = [float(line[name]) for name in CLASSES]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert line["class"] == CLASSES[int(np.argmax(probabilities))]
+        true = CLASSES.index(Path(line["image"]).parent.name)
+        matrix[true, CLASSES.index(line["class"])] += 1
+    results = json.loads((model.parent / "results.json").read_text())
+    assert matrix.tolist() == results["test"]["confusion_matrix"]
+    assert 0 < results["test"]["accuracy"] < 100
+
+
+def test_an_evaluation_is_what_results_json_says_of_the_test(model: Path, images: Path) -> None:
+    status, out, err = run(model, "--evaluate", images / "test")
+    assert (status, err) == (0, "")
+    results = json.loads((model.parent / "results.json").read_text())
+    report = json.loads(out)
+    assert report.keys() == results["test"].keys()
+    for name, value in results["test"].items():
+        assert report[name] == (
+            pytest.approx(value, rel=1e-5) if name != "confusion_matrix" else value
+        )
+
+
+def expected_of(model: Path, images: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels of five images and their probabilities."""
+    classifier = predict_vit.Classifier(model)
+    files = sorted((images / "test").glob("*/*.png"))[:5]
+    pixels = np.stack([decode_image(file, 8, classifier.args.channel) for file in files])
+    with torch.inference_mode():
+        return pixels, classifier(torch.from_numpy(pixels)).numpy()
+
+
+def check_program(model: Path, images: Path, folder: Path) -> None:
+    """--export model.pt2 gives the same where this project is not."""
+    assert run(model, "--export", folder / "model.pt2")[0] == 0
+    pixels, expected = expected_of(model, images)
+    np.save(folder / "pixels.npy", pixels)
+    code = """
+import json, numpy, torch
+extra = {"classes.json": ""}
+program = torch.export.load("model.pt2", extra_files=extra).module()
+pixels = torch.from_numpy(numpy.load("pixels.npy"))
+found = [program(pixels[:n]).tolist() for n in (1, 5)]
+print(json.dumps([json.loads(extra["classes.json"]), *found]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    classes, one, five = json.loads(done.stdout)
+    assert classes == CLASSES
+    assert np.allclose(five, expected, atol=1e-5)
+    assert np.allclose(one, expected[:1], atol=1e-5)
+
+
+def check_onnx(model: Path, images: Path, folder: Path) -> None:
+    """ONNX Runtime gives the same of --export model.onnx."""
+    assert run(model, "--export", folder / "model.onnx")[0] == 0
+    pixels, expected = expected_of(model, images)
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    for count in (1, 5):
+        [found] = session.run(["probabilities"], {"pixels": pixels[:count]})
+        assert np.allclose(found, expected[:count], atol=1e-5)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == CLASSES
+
+
+def test_an_exported_program(vit: Path, images: Path, tmp_path: Path) -> None:
+    check_program(vit, images, tmp_path)
+
+
+def test_an_exported_onnx(vit: Path, images: Path, tmp_path: Path) -> None:
+    check_onnx(vit, images, tmp_path)
+
+
+@pytest.mark.slow
+def test_other_models_are_exported(model: Path, images: Path, tmp_path: Path) -> None:
+    check_program(model, images, tmp_path)
+    check_onnx(model, images, tmp_path)
+
+
+def test_files_that_cannot_be_decoded_are_named_and_the_others_predicted(
+    vit: Path, images: Path, tmp_path: Path
+) -> None:
+    good = tmp_path / os.fsdecode(b"a\xff\n.png")
+    shutil.copy(images / "test" / "eel" / "000.png", good)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    (tmp_path / "notes.txt").write_text("no image, and not called one")
+    other = images / "test" / "cat" / "000.png"
+    status, out, err = run(vit, tmp_path, tmp_path / "missing.png", other)
+    assert status == 2
+    assert [line["image"] for line in lines_of(out)] == [str(good), str(other)]
+    assert err.splitlines() == [
+        f"predict_vit.py: {tmp_path}/b.png: not an image",
+        f"predict_vit.py: {tmp_path}/missing.png: No such file or directory",
+    ]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme(vit: Path, images: Path, tmp_path: Path) -> None:
+    lines = (REPOSITORY / "README.md").read_text().splitlines()
+    commands = [line for line in lines if line.startswith("python predict_vit.py")]
+    assert len(commands) == 3
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "X").symlink_to(vit.parent)
+    (tmp_path / "my_images").symlink_to(images)
+    (tmp_path / "folder").symlink_to(images / "test")
+    shutil.copy(images / "test" / "cat" / "000.png", tmp_path / "photo.jpg")
+    for command in commands:
+        command = command.replace("predict_vit.py", str(REPOSITORY / "predict_vit.py"))
+        env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        subprocess.run(command, shell=True, cwd=tmp_path, env=env, check=True, timeout=120)
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 1 + 27
+    assert (tmp_path / "model.onnx").stat().st_size > 10_000
+
+
+def test_images_are_taken_in_parts(vit: Path, images: Path, monkeypatch: Any) -> None:
+    _, whole, _ = run(vit, images / "test")
+    monkeypatch.setattr(predict_vit, "DECODED_AT_ONCE", 5 * 3 * 8 * 8)
+    _, parts, _ = run(vit, images / "test")
+    for one, other in zip(lines_of(whole), lines_of(parts), strict=True):
+        assert one["image"] == other["image"]
+        assert float(one["cat"]) == pytest.approx(float(other["cat"]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        ([], "give either images, --evaluate or --export"),
+        (["a.png", "--evaluate", "{images}/test"], "give either images, --evaluate or --export"),
+        (["--export", "model.pth"], "neither .pt2 nor .onnx"),
+        (["--export", "{tmp}/no/model.pt2"], "cannot be written: No such file or directory"),
+        (["--evaluate", "{images}/none"], "does not exist"),
+        (["--evaluate", "{images}"], "has other classes than train/"),
+        (["{tmp}"], "has no images"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    vit: Path, images: Path, tmp_path: Path, args: list[str], text: str
+) -> None:
+    status, out, err = run(vit, *(arg.format(images=images, tmp=tmp_path) for arg in args))
+    assert (status, out) == (2, "")
+    [line] = err.splitlines()
+    assert line.startswith("predict_vit.py: error: ") and text in line
+
+
+def test_an_evaluation_without_an_image_is_refused(vit: Path, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images / "test", tmp_path / "test")
+    (tmp_path / "test" / "cat" / "000.png").write_bytes(b"")
+    status, _, err = run(vit, "--evaluate", tmp_path / "test")
+    assert status == 2
+    assert "cat/000.png: not an image: repair or remove it" in err
+
+
+def test_a_damaged_model_is_one_line(vit: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "model_best.pth.tar"
+    damaged.write_bytes(vit.read_bytes()[:-100])
+    for file, text in (
+        (damaged, "is damaged"),
+        (tmp_path, "Is a directory"),
+        ("none", "not exist"),
+    ):
+        status, _, err = run(file, "photo.jpg")
+        assert status == 2
+        [line] = err.splitlines()
+        assert text in line
+
+
+def test_weights_of_another_model_are_one_line(vit: Path, tmp_path: Path) -> None:
+    saved = load_checkpoint(vit)
+    del saved["model"]["head.bias"]
+    save_checkpoint(saved, False, tmp_path / "other.pth.tar")
+    status, _, err = run(tmp_path / "other.pth.tar", "photo.jpg")
+    assert status == 2
+    [line] = err.splitlines()
+    assert 'Missing key(s) in state_dict: "head.bias"' in line
