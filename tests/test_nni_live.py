@@ -147,20 +147,48 @@ def curve_is_whole(running: Experiment, trial_id: str, length: int) -> bool:
     return len(known) >= length and known == list(range(len(known)))
 
 
-@pytest.mark.slow
+RATES = [1e-4, 2e-4, 3e-4, 4e-4]
+CHOICES = {"lr": {"_type": "choice", "_value": RATES}}
+COMBINATIONS = {"runs": {"_type": "choice", "_value": [{"lr": rate} for rate in RATES]}}
+SEEDED = {"optimize_mode": "maximize", "seed": 1}
+
+
+@pytest.mark.parametrize(
+    "tuner, arguments, search_space",
+    [
+        pytest.param(GRID_SEARCH, {}, CHOICES, marks=pytest.mark.slow),
+        pytest.param("nni_tuners.Batch", {}, COMBINATIONS, marks=pytest.mark.long),
+        *(
+            pytest.param(tuner, SEEDED | more, space(1e-4, 1e-3), marks=pytest.mark.long)
+            for tuner, more in {
+                "tpe_tuner.Tpe": {},
+                "anneal_tuner.Anneal": {},
+                "nni_tuners.Evolution": {"population_size": 4},
+                "smac_tuner.Smac": {"startup_trials": 3},
+            }.items()
+        ),
+    ],
+)
 def test_a_resume_brings_back_what_stopped_trials_reached(
-    tmp_path: Path, make_images: Callable[..., Path]
+    tuner: str,
+    arguments: dict[str, Any],
+    search_space: dict[str, Any],
+    tmp_path: Path,
+    make_images: Callable[..., Path],
 ) -> None:
-    """NNI leaves them out; a grid would try their combinations once more."""
-    rates = [1e-4, 2e-4, 3e-4, 4e-4]
+    """NNI leaves them out; what they tried would be tried once more."""
     settings: dict[str, Any] = {
-        "searchSpace": {"lr": {"_type": "choice", "_value": rates}},
-        "tuner": {"codeDirectory": str(REPOSITORY / "tuners"), "className": GRID_SEARCH},
-        "maxTrialNumber": len(rates),
+        "searchSpace": search_space,
+        "tuner": {
+            "codeDirectory": str(REPOSITORY / "tuners"),
+            "className": tuner,
+            "classArgs": arguments,
+        },
+        "maxTrialNumber": len(RATES),
     }
     tried = []
     with endless(tmp_path, make_images, **settings) as running:
-        for _ in rates:
+        for _ in RATES:
             [trial] = training(running, 1)
             tried.append(trial["shown"]["parameters"]["lr"])
             if len(tried) == 2:
@@ -172,7 +200,9 @@ def test_a_resume_brings_back_what_stopped_trials_reached(
             assert_whole(running, trial["trialJobId"])
         log = running.folder / "exp" / running.id / "log" / "dispatcher.log"
         assert log.read_text().count("known after the resume") >= 2
-    assert sorted(tried) == rates
+    assert len(set(tried)) == len(RATES)
+    if not arguments:  # a list that is gone through
+        assert sorted(tried) == RATES
 
 
 @pytest.mark.long
