@@ -69,6 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, DataError, CheckpointError) as error:
         print(f"predict_vit.py: error: {UsageError(str(error))}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not step_vit.out_of_memory(error):
+            raise
+        remedy = "CUDA_VISIBLE_DEVICES= computes on the CPU"
+        print(f"predict_vit.py: the device has no memory left: {remedy}", file=sys.stderr)
+        return 1
     except OSError as error:  # a folder that cannot be listed, a full disk
         print(f"predict_vit.py: {UsageError(str(error))}", file=sys.stderr)
         return 1
@@ -86,7 +92,9 @@ class Classifier(nn.Module):
         parameters = make_parser().given_by(str(file), saved["args"])
         self.args = argparse.Namespace(**ARCH_DEFAULTS | parameters)
         self.classes: list[str] = saved["classes"]
-        self.device = torch.device("cuda" if utils_vit.usable_gpus() else "cpu")
+        self.device = torch.device("cuda", 0) if utils_vit.usable_gpus() else torch.device("cpu")
+        if self.device.type == "cuda":
+            setup_vit.start_gpu(self.device)
         try:
             self.model = vit.build_model(
                 self.args.arch, num_classes=len(self.classes), depth=self.args.vt_depth,

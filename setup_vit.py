@@ -39,7 +39,7 @@ def set_up(
         lambda: (args, output_folder(args, trial, undecided, until_end))
     )
     torch.set_num_threads(args.threads)
-    data = distributed_vit.together(lambda: open_data(args))
+    data = distributed_vit.together(lambda: open_data(args, trial))
     args, notes = distributed_vit.from_rank_0(
         lambda: (args, budget_vit.continue_earlier(args, data, output))
     )
@@ -181,15 +181,30 @@ def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torc
         turn = nni_vit.trial_gpu(trial.sequence_id, gpus) if trial else 0
         if ranks > 1:
             turn = distributed_vit.local_rank()
-            torch.cuda.set_device(turn)  # NCCL asks for it
         device = torch.device("cuda", turn if args.gpu is None else args.gpu)
-        torch.cuda.set_device(device)
-        if args.deterministic:  # with warn_only they only warn that their backward is not
-            for kernel in ("flash", "mem_efficient", "cudnn"):
-                getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(False)
+        start_gpu(device, args.deterministic)
     if args.precision == "auto":
         args.precision = "bfloat16" if gains_from_bfloat16(device, args) else "float32"
     return device
+
+
+def start_gpu(device: torch.device, deterministic: bool = False) -> None:
+    """Make it the GPU of this process. Raises UsageError if torch cannot compute on it."""
+    # cuDNN's attention, which torch prefers on recent GPUs, plans every new shape for a part of a second.
+    # The others, with warn_only, would only warn that their backward is not deterministic.
+    for kernel in ("cudnn", "flash", "mem_efficient") if deterministic else ("cudnn",):
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(False)
+    try:
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError as error:  # too old for this torch, or kept by a process for itself
+        if step_vit.out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"torch {torch.__version__} cannot compute on {device}: {reason}; CUDA_VISIBLE_DEVICES= "
+            "trains on the CPU"
+        ) from None
 
 
 # A CPU computes a step faster in bfloat16 from 6 million of batch x patches x dim^2 on, as measured for
@@ -266,7 +281,7 @@ def default_threads(cores: int, torchs: int, concurrency: int, given: bool) -> i
     return max(1, share)
 
 
-def open_data(args: argparse.Namespace) -> data_vit.Data:
+def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> data_vit.Data:
     """The images of --download-dir, or the demo, on the GPU that was chosen if they fit."""
     data = data_vit.open_data(
         args.download_dir or data_vit.make_digits(),
@@ -284,7 +299,10 @@ def open_data(args: argparse.Namespace) -> data_vit.Data:
     )
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        data = data_vit.keep_on_device(data, device, torch.cuda.mem_get_info(device)[0])
+        # Trials that start together see the same memory free. Where NNI gives each a GPU of its own this
+        # leaves more free than it has to.
+        trials = math.ceil((trial.concurrency() if trial else 1) / utils_vit.usable_gpus())
+        data = data_vit.keep_on_device(data, device, torch.cuda.mem_get_info(device)[0] // trials)
     args.num_classes = len(data.classes)
     val_classes = np.unique(data.val.targets[data.val.indices])
     if args.metric == "auc" and len(val_classes) < args.num_classes:

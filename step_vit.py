@@ -15,8 +15,12 @@ import utils_vit
 from data_vit import share_of
 from utils_vit import OutOfMemory, RunFailed, TrainingState
 
-# As CUDA itself, cuBLAS and the allocator of host memory say it; torch's on a GPU has an error of its own.
-OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+# As CUDA itself, its libraries (cuBLAS on a full GPU in both ways) and the allocator of host memory say it;
+# torch's on a GPU has an error of its own.
+OUT_OF_MEMORY = (
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
+    *("CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator"),
+)
 TOO_LARGE = "do not fit into memory: half the --vt-dim or --vt-depth takes half or less"
 
 

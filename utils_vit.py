@@ -26,8 +26,11 @@ LAST, PREVIOUS, BEST = "checkpoint.pth.tar", "previous.pth.tar", "model_best.pth
 
 
 def usable_gpus() -> int:
-    """The number of CUDA devices; torch's own count has those, too, whose driver is too old for it."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """The number of CUDA devices; torch.cuda.device_count has those, too, whose driver is too old for it.
+
+    Of GPUs in MIG mode that counts the cards, of whose slices CUDA takes one.
+    """
+    return torch._C._cuda_getDeviceCount() if torch.cuda.is_available() else 0
 
 
 class CheckpointError(ValueError):

@@ -128,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no GPU here")
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:  # as main_vit.py has it: cuDNN's attention would cost each process seconds of planning
+        os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"] = "1"
     from timed import hardware
 
     size = QUICK if args.quick else ORIGINAL

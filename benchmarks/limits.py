@@ -154,8 +154,10 @@ def kind_of(operator: str) -> str:
     return "other"
 
 
-def time_by_kind(step: Callable[[], None], device: str, repeats: int) -> dict[str, float]:
-    """Share of a step's time by kind of operator, of its own time without what it calls."""
+def time_by_kind(
+    step: Callable[[], None], device: str, repeats: int
+) -> tuple[dict[str, float], float]:
+    """Share of a step's time by kind of operator, of its own time without what it calls; the sum in seconds."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -169,7 +171,8 @@ def time_by_kind(step: Callable[[], None], device: str, repeats: int) -> dict[st
             continue
         own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         times[kind_of(event.key)] += own
-    return {kind: times[kind] / times.total() for kind in (*KINDS, "other")}
+    shares = {kind: times[kind] / times.total() for kind in (*KINDS, "other")}
+    return shares, times.total() / 1e6 / repeats
 
 
 def arithmetic(
@@ -186,9 +189,12 @@ def arithmetic(
             flops = counter.get_total_flops()
             took = median_seconds(step, device, repeats)
             limit = product_rate(device, precision)  # in the same minute: a machine can be shared
-            shares = time_by_kind(step, device, 3)
+            shares, computing = time_by_kind(step, device, 3)
+            busy = (
+                took if device == "cpu" else computing
+            )  # a GPU may wait for what starts its kernels
             batch = int(CONFIGURATIONS[name].split("-b ")[1].split()[0])
-            products = flops / (took * (shares["products"] + shares["attention"]))
+            products = flops / (busy * (shares["products"] + shares["attention"]))
             yield (
                 (
                     name, precision, f"{flops / batch / 1e9:.4f}", f"{1000 * took:.1f}",

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what a CPU computes is compared to the bit
+
 import numpy as np
 import pytest
 import torch

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import check_vit
+import utils_vit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMMAND = "python main_vit.py --request-from-nni"
@@ -387,7 +388,7 @@ def test_gpu_numbers(
     check, monkeypatch, tmp_path, gpus, number, service, option, errors, warnings, old: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(utils_vit, "usable_gpus", lambda: gpus)
     command = f"{COMMAND} {option}"
     if old:
         write_space(tmp_path)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 import main_vit
 import setup_vit
 import utils_vit
-from config_vit import resolve
+from config_vit import UsageError, resolve
 from setup_vit import hold_folder
 from utils_vit import load_checkpoint
 
@@ -262,19 +263,18 @@ def test_deterministic_is_set_before_cuda_starts(monkeypatch: pytest.MonkeyPatch
         torch.use_deterministic_algorithms(False)
 
 
-def test_deterministic_leaves_out_attention_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, whose fused kernels repeat only when nothing may merely warn."""
+def test_attention_that_is_left_out_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's always; fused kernels repeat only when nothing may merely warn. Here there is no GPU."""
     monkeypatch.setattr(utils_vit, "usable_gpus", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(setup_vit, "has_bfloat16", lambda device: True)
     kernels = torch.backends.cuda
     enabled = lambda: [  # noqa: E731
         kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.cudnn_sdp_enabled(),
     ]  # fmt: skip
     before = enabled()
     try:
-        for options, expected in (([], before), (["--deterministic"], [False] * 3)):
-            setup_vit.choose_device(resolve(main_vit.make_parser(), options), None)
+        for options, expected in (([], [*before[:2], False]), (["--deterministic"], [False] * 3)):
+            with pytest.raises(UsageError, match="cannot compute on cuda:0: "):
+                setup_vit.choose_device(resolve(main_vit.make_parser(), options), None)
             assert enabled() == expected
     finally:
         torch.use_deterministic_algorithms(False)
@@ -300,6 +300,26 @@ def test_a_small_model_is_float32_on_a_cpu(
     setup_vit.choose_device(args, None)
     assert args.precision == expected
     assert setup_vit.gains_from_bfloat16(torch.device("cuda"), args)
+
+
+def test_trials_share_the_memory_of_their_gpu(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that start together see the same memory free; each takes up to a half of its part."""
+    parts = []
+    monkeypatch.setattr(utils_vit, "usable_gpus", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (600, 1000))
+    monkeypatch.setattr(
+        setup_vit.data_vit, "keep_on_device", lambda data, device, free: parts.append(free) or data
+    )
+    argv = ["--download-dir", str(image_folder), "-s", "8", "-p", "4"]
+    args = resolve(main_vit.make_parser(), [*argv, "--cache-dir", str(tmp_path / "cache")])
+    for concurrency in (1, 2, 3, 6):
+        setup_vit.open_data(args, SimpleNamespace(concurrency=lambda n=concurrency: n))
+    setup_vit.open_data(args)
+    assert parts == [600, 600, 300, 200, 600]
 
 
 # --- memory -------------------------------------------------------------------------------------------

@@ -260,6 +260,19 @@ def test_a_damaged_model_is_one_line(vit: Path, tmp_path: Path) -> None:
         assert text in line
 
 
+def test_too_little_memory_is_one_line(vit: Path, images: Path, monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(predict_vit, "batches", full)
+    status, _, err = run(vit, images / "test")
+    assert status == 1
+    assert (
+        err
+        == "predict_vit.py: the device has no memory left: CUDA_VISIBLE_DEVICES= computes on the CPU\n"
+    )
+
+
 def test_weights_of_another_model_are_one_line(vit: Path, tmp_path: Path) -> None:
     saved = load_checkpoint(vit)
     del saved["model"]["head.bias"]

@@ -436,10 +436,11 @@ class SmallMemory(nn.Module):
         return self.head(self.flatten(images))
 
 
-# As torch says it of a GPU, CUDA itself, and torch of the machine.
+# As torch says it of a GPU, CUDA itself, a library of it, and torch of the machine.
 TOO_LITTLE = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError(
         "[enforce fail at alloc_cpu.cpp:122] . DefaultCPUAllocator: can't allocate memory"
     ),
