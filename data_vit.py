@@ -22,6 +22,7 @@ from images_vit import (
     ImageFolder,
     Pixels,
     is_folder,
+    not_decoded,
     printable,
     read_image_folder,
 )
@@ -196,8 +197,7 @@ def open_data(
             kinds = ", ".join(f"{n} x {kind}" for kind, n in images.ignored.most_common(5))
             notes.append(f"{images.folder}: files that are not images left out: {kinds}")
     if broken:
-        named = f"{len(broken)} images cannot be decoded: " + "; ".join(broken[:5])
-        named += f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
+        named = not_decoded(broken)
         if not skip_broken:
             raise DataError(f"{named}. Repair or remove them, or leave them out with --skip-broken")
         notes.append(f"{named}. Left out (--skip-broken)")

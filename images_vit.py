@@ -47,6 +47,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def not_decoded(broken: list[str]) -> str:
+    """What is said of images that cannot be decoded, each with its reason: how many, the first five by name."""
+    named = f"{len(broken)} images cannot be decoded: " + "; ".join(broken[:5])
+    return named + (f"; and {len(broken) - 5} more" if len(broken) > 5 else "")
+
+
 # --- the folder -------------------------------------------------------------------------------------
 
 
@@ -72,9 +78,8 @@ def read_image_folder(folder: Path, classes: list[str] | None = None) -> ImageFo
     or a class without an image.
     """
     if not folder.is_dir():
-        raise DataError(
-            f"data folder {folder} does not exist; give --download-dir a folder that does"
-        )
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} {what}: give one that holds the class folders")
     found = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and is_folder(p))
     if len(found) < 2:
         raise DataError(
@@ -82,8 +87,10 @@ def read_image_folder(folder: Path, classes: list[str] | None = None) -> ImageFo
             "it needs one sub-folder of images for each of at least 2 classes"
         )
     if classes is not None and found != classes:
-        different = ", ".join(sorted(set(found) ^ set(classes)))
-        raise DataError(f"{folder} has other classes than train/: {different}")
+        lacking, besides = set(classes) - set(found), set(found) - set(classes)
+        different = [f"it lacks {', '.join(sorted(lacking))}"] if lacking else []
+        different += [f"it also has {', '.join(sorted(besides))}"] if besides else []
+        raise DataError(f"{folder} has other classes than train/: {'; '.join(different)}")
     names, counts, ignored = [], [], Counter()
     for name in found:
         before = len(names)

@@ -10,6 +10,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from images_vit import (
     ImageFolder,
     decode_here,
     files_below,
+    not_decoded,
     printable,
     read_image_folder,
     size_time_problem,
@@ -69,21 +71,22 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, DataError, CheckpointError) as error:
         print(f"predict_vit.py: error: {UsageError(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        utils_vit.end_by_signal(signal.SIGINT)
     except RuntimeError as error:
         if not step_vit.out_of_memory(error):
             raise
         remedy = "CUDA_VISIBLE_DEVICES= computes on the CPU"
         print(f"predict_vit.py: the device has no memory left: {remedy}", file=sys.stderr)
-        return 1
     except OSError as error:  # a folder that cannot be listed, a full disk
         print(f"predict_vit.py: {UsageError(str(error))}", file=sys.stderr)
-        return 1
+    return 1
 
 
 class Classifier(nn.Module):
     """Pixels uint8 (batch, channels, size, size) -> probabilities (batch, classes), by a checkpoint's selected model.
 
-    `args` are the parameters of its run. Raises CheckpointError.
+    The pixels are those of `decode_image`, on `device`. `args` are the parameters of its run. Raises CheckpointError.
     """
 
     def __init__(self, file: Path) -> None:
@@ -137,10 +140,14 @@ def images_of(paths: list[Path], classes: list[str]) -> ImageFolder:
     """The files among `paths`, and the images below the folders among them, of no known class."""
     names: list[str] = []
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # what cannot be read either is named with the files
             names.append(str(path))
             continue
-        found = [f"{path}/{name[2:]}" for name in files_below(str(path), ".")]
+        try:
+            found = [f"{path}/{name[2:]}" for name in files_below(str(path), ".")]
+        except OSError as error:
+            where = os.path.normpath(error.filename)
+            raise DataError(f"folder {where} cannot be listed: {error.strerror}") from None
         found = [name for name in found if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
         if not found:
             raise DataError(f"folder {path} has no images (*.jpg, *.png, ...)")
@@ -150,7 +157,8 @@ def images_of(paths: list[Path], classes: list[str]) -> ImageFolder:
 
 def print_predictions(classifier: Classifier, images: ImageFolder) -> int:
     """A line of CSV for each image; returns 2 if there were some without, which stderr names."""
-    sys.stdout.reconfigure(errors="surrogateescape", newline="")  # names of files can be any bytes
+    # The names of files can be any bytes, whatever the locale.
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
     table = csv.writer(sys.stdout)
     table.writerow(["image", "class", *classifier.classes])
     status = 0
@@ -169,37 +177,44 @@ def print_predictions(classifier: Classifier, images: ImageFolder) -> int:
 def evaluate(classifier: Classifier, folder: Path) -> dict[str, object]:
     """Loss, metrics and confusion matrix of the images in the class folders of `folder`.
 
-    Raises DataError, also if there is an image that cannot be decoded.
+    Images that cannot be decoded are named, and left out if the run left them out (--skip-broken), else
+    DataError is raised.
     """
     images = read_image_folder(folder, classifier.classes)
-    logits, targets = [], torch.from_numpy(images.targets)
+    logits, targets, unusable = [], [], []
     for part, some, broken in classifier.predict(images):
-        if broken:
-            i, why = min(broken.items())
-            raise DataError(f"{part.path(i)}: {why}: repair or remove it")
-        logits.append(some)
-    whole = torch.cat(logits)
-    loss = {"loss": F.cross_entropy(whole, targets).item()}
+        unusable += [f"{part.path(i)} ({why})" for i, why in sorted(broken.items())]
+        kept = np.delete(np.arange(len(some)), list(broken))
+        logits.append(some[kept])
+        targets.append(part.targets[kept])
+    if unusable:
+        named = not_decoded(unusable)
+        if not getattr(classifier.args, "skip_broken", False):
+            raise DataError(f"{named}. Repair or remove them")
+        print(printable(f"predict_vit.py: {named}. Left out (--skip-broken)"), file=sys.stderr)
+    whole, numbers = torch.cat(logits), np.concatenate(targets)
+    loss = {"loss": F.cross_entropy(whole, torch.from_numpy(numbers)).item()}
     probabilities = whole.double().softmax(dim=1).numpy()
-    return loss | report_vit.test_report(probabilities, images.targets, classifier.classes)
+    return loss | report_vit.test_report(probabilities, numbers, classifier.classes)
 
 
 def export(classifier: Classifier, file: Path) -> None:
-    """Write the model with its classes, for any number of images at once. Raises UsageError.
+    """Write the model, in float32, with its classes, for one or more images at once. Raises UsageError.
 
     .pt2 holds classes.json beside the program, .onnx the same text among its metadata.
     """
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
-    if file.suffix not in (".pt2", ".onnx"):
+    kind = file.suffix.lower()
+    if kind not in (".pt2", ".onnx"):
         raise UsageError(f"--export {file} is neither .pt2 nor .onnx")
-    if file.suffix == ".onnx" and missing:
+    if kind == ".onnx" and missing:
         raise UsageError(f"--export {file} needs packages: pip install {' '.join(missing)}")
     classifier.cpu()  # the file may go anywhere
     size, channels = classifier.args.image_size, classifier.args.channel
     pixels = torch.zeros(2, channels, size, size, dtype=torch.uint8)
     shapes, classes = {"pixels": {0: torch.export.Dim("batch")}}, json.dumps(classifier.classes)
     program = torch.export.export(classifier, (pixels,), dynamic_shapes=shapes)
-    if file.suffix == ".pt2":
+    if kind == ".pt2":
         archive = io.BytesIO()
         torch.export.save(program, archive, extra_files={"classes.json": classes})
         content = archive.getvalue()

@@ -115,7 +115,11 @@ def test_ignored_files_are_noted(image_folder: Path) -> None:
 
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize(
-    ("classes", "named"), [(["cat", "eel"], "dog, eel"), (["cat", "dog", "eel"], ": eel")]
+    ("classes", "named"),
+    [
+        (["cat", "eel"], "it lacks dog; it also has eel"),
+        (["cat", "dog", "eel"], ": it also has eel"),
+    ],
 )
 def test_a_split_with_other_classes(
     split: str, classes: list[str], named: str, image_folder: Path, make_images: MakeImages

@@ -5,7 +5,9 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -225,7 +227,8 @@ def test_images_are_taken_in_parts(vit: Path, images: Path, monkeypatch: Any) ->
         (["--export", "model.pth"], "neither .pt2 nor .onnx"),
         (["--export", "{tmp}/no/model.pt2"], "cannot be written: No such file or directory"),
         (["--evaluate", "{images}/none"], "does not exist"),
-        (["--evaluate", "{images}"], "has other classes than train/"),
+        (["--evaluate", "{images}/test/cat/001.png"], "is not a folder"),
+        (["--evaluate", "{images}"], "it lacks cat, dog, big, eel; it also has test, train, val"),
         (["{tmp}"], "has no images"),
     ],
 )
@@ -243,7 +246,54 @@ def test_an_evaluation_without_an_image_is_refused(vit: Path, images: Path, tmp_
     (tmp_path / "test" / "cat" / "000.png").write_bytes(b"")
     status, _, err = run(vit, "--evaluate", tmp_path / "test")
     assert status == 2
-    assert "cat/000.png: not an image: repair or remove it" in err
+    assert "1 images cannot be decoded: " in err and "cat/000.png (not an image)" in err
+
+
+def test_an_evaluation_leaves_out_what_the_run_left_out(
+    images: Path, tmp_path: Path, run_main: Any
+) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    for split in ("train", "test"):
+        (tmp_path / "images" / split / "cat" / "001.png").write_bytes(b"no image")
+    argv = ["--download-dir", tmp_path / "images", "--model-dir", tmp_path / "run", "--skip-broken"]
+    assert run_main(*argv, *TINY.split()).status == 0
+    status, out, err = run(
+        tmp_path / "run" / "model_best.pth.tar", "--evaluate", tmp_path / "images" / "test"
+    )
+    assert status == 0
+    assert "cat/001.png (not an image). Left out (--skip-broken)" in err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    report = json.loads(out)
+    assert report["images"] == 26
+    assert report["confusion_matrix"] == results["test"]["confusion_matrix"]
+    assert report["loss"] == pytest.approx(results["test"]["loss"], rel=1e-5)
+
+
+def test_ctrl_c_ends_quietly(vit: Path) -> None:
+    code = (
+        "import os, signal, predict_vit\n"
+        "predict_vit.Classifier.predict = lambda *_: os.kill(os.getpid(), signal.SIGINT) or iter(())\n"
+        f"predict_vit.main([{str(vit)!r}, 'photo.jpg'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
+
+
+def test_the_python_of_the_readme(vit: Path, images: Path) -> None:
+    photo = images / "test" / "cat" / "001.png"
+    text = (REPOSITORY / "README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace("runs/X/model_best.pth.tar", str(vit)).replace("photo.jpg", str(photo))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    [line] = lines_of(run(vit, photo)[1])
+    expected = {name: pytest.approx(float(line[name]), abs=1e-5) for name in CLASSES}
+    assert eval(done.stdout) == expected
 
 
 def test_a_damaged_model_is_one_line(vit: Path, tmp_path: Path) -> None:
