@@ -1,6 +1,7 @@
 """docs/gpus.md: what NNI 3.0 does with trialGpuNumber, by its own scheduler on machines of made-up GPUs."""
 
 import json
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -65,6 +66,8 @@ ROWS: list[tuple[int, int, dict[str, Any], list[str] | None]] = [
 def test_gpus_of_trials(tmp_path: Path) -> None:
     """Each row of the table; a frozen manager would not even notice that a trial has ended."""
     started = []
+    env = {**os.environ}
+    del env["CUDA_VISIBLE_DEVICES"]  # conftest.py set it: what a trial inherits is asked here
     for number, (gpus, trials, settings, _) in enumerate(ROWS):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -73,7 +76,7 @@ def test_gpus_of_trials(tmp_path: Path) -> None:
         out = open(folder / "out", "w")  # noqa: SIM115
         # Who freezes never sleeps: the kernel ends it, also if this test is gone by then.
         command = ["/bin/bash", "-c", 'ulimit -t 5; exec "$@"', "bash", *command]
-        started.append(subprocess.Popen(command, cwd=NODE, stdout=out, stderr=out))
+        started.append(subprocess.Popen(command, cwd=NODE, env=env, stdout=out, stderr=out))
         out.close()
     for number, (process, row) in enumerate(zip(started, ROWS, strict=True)):
         folder, expected = tmp_path / str(number), row[-1]
