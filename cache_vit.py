@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import sys
 import time
@@ -31,14 +32,16 @@ from images_vit import (
     decode_again,
     decode_all,
     decode_here,
+    identity_problem,
     printable,
     quiet_pillow,
-    size_time_problem,
 )
 
-CACHE_FORMAT = 4  # to be raised when decoding or the file changes
+CACHE_FORMAT = 5  # to be raised when decoding or the file changes
 MODES = ("disk", "memory", "off")
 HEADER_LENGTH, TAIL_LENGTH = 128, 12  # bytes
+# Files of pixels and, while they are built, temporary ones. The folder may hold others that are not ours.
+OWN_FILES = re.compile(r"[0-9a-f]{32}(\.npy|\.\d+-[0-9a-f]{8}\.tmp)")
 log = logging.getLogger("vit.cache")
 
 
@@ -54,7 +57,7 @@ class CachedPixels(Pixels):
         self.file, self.descriptor = file, descriptor
         self.checksums = np.zeros(0, "<u4")
         self.broken: dict[int, str] = {}
-        self.stats = np.zeros((0, 2), np.int64)  # size and modification time of the image files
+        self.stats = np.zeros((0, 3), np.int64)  # size and times of the image files
         self.verified = np.zeros(shape[0], bool)
         self.named: set[int] = set()
 
@@ -89,14 +92,14 @@ class CachedPixels(Pixels):
         path = self.images.path(row)
         if row in self.broken:
             image[:] = 0
-        elif size_time_problem(str(path)) != (*self.stats[row], ""):
+        elif identity_problem(str(path)) != (*self.stats[row], ""):
             raise ImageLost(
                 f"the cache {self.file} is damaged at {path}, which has changed since it was decoded: "
                 "start again"
             )
         else:
-            with quiet_pillow():
-                decode_again(path, image)
+            quiet_pillow()
+            decode_again(path, image)
         if row not in self.named:
             self.named.add(row)
             log.warning(printable(f"the cache {self.file} was damaged at {path}: decoded it again"))
@@ -116,8 +119,7 @@ def decode_folder(
 ) -> DecodedImages:
     """Decode every image once and, on "disk", keep the result in `cache_dir` for every later run.
 
-    The cache file belongs to the folder, its list of (path, size, modification time), the image size and
-    channels. Of processes that need the same one at once, one builds it and the others wait. Nothing
+    The cache file belongs to the folder, its list of (path, size, times), the image size and channels. Of processes that need the same one at once, one builds it and the others wait. Nothing
     is kept of files that could be listed, but then not read. With a `limit` in bytes, files that no
     run has open make room, the least recently used first. "memory" decodes into this process's own;
     "off" keeps nothing but what is broken. Raises DataError on what cannot be read, if the cache folder
@@ -135,8 +137,8 @@ def decode_folder(
             with _locked(file.with_suffix(".lock")):
                 pixels = _open_cache(file, images, shape, stats)
                 if pixels is None:
-                    _build_cache(images, shape, file, workers, problems, limit)
-                    pixels, built = _open_cache(file, images, shape, stats), True
+                    pixels = _build_cache(images, shape, stats, file, workers, problems, limit)
+                    built = True
         if pixels is None:
             raise OSError("it is damaged as soon as it is written")
     except OSError as error:
@@ -150,14 +152,14 @@ def decode_folder(
 def place_of(
     images: ImageFolder, size: int, channels: int, cache_dir: Path
 ) -> tuple[Path, np.ndarray, dict[int, str]]:
-    """The cache file that belongs to the images as they are now, each one's size and modification time
-    int64 (images, 2), and why some cannot be read, by index.
+    """The cache file that belongs to the images as they are now, each one's size and times int64
+    (images, 3), and why some cannot be read, by index.
     """
-    stats = np.empty((len(images.names), 2), np.int64)
+    stats = np.empty((len(images.names), 3), np.int64)
     problems = {}
     folder = str(images.folder)
     for i, name in enumerate(images.names):
-        *stats[i], problem = size_time_problem(f"{folder}/{name}")
+        *stats[i], problem = identity_problem(f"{folder}/{name}")
         if problem:
             problems[i] = problem
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, size, channels, problems]).encode())
@@ -204,8 +206,9 @@ def _read_footer(descriptor: int) -> tuple[dict[str, Any], np.ndarray] | None:
         whole = os.pread(descriptor, HEADER_LENGTH, 0) == make_header(shape)
         footer = make_footer(shape, checksums, info)
         whole = whole and len(checksums) == shape[0] and begin + len(footer) == length
-    except (OSError, MemoryError, ArithmeticError, LookupError, TypeError, ValueError):
-        return None  # whatever the numbers in a damaged file lead to
+        whole = whole and len(shape) == 4
+    except Exception:  # whatever a damaged file leads to
+        return None
     return (info, checksums) if whole and footer[-4:] == tail[-4:] else None
 
 
@@ -233,12 +236,16 @@ def _open_cache(
 def _build_cache(
     images: ImageFolder,
     shape: tuple[int, ...],
+    stats: np.ndarray,
     file: Path,
     workers: int,
     problems: dict[int, str],
     limit: float | None,
-) -> None:
-    """Decode into a temporary file that becomes `file`."""
+) -> CachedPixels | None:
+    """Decode into a temporary file that becomes `file`, whose lock this process has; the pixels in it."""
+    for dead in file.parent.glob(f"{file.stem}.*.tmp"):  # of one that had the lock and was killed
+        with contextlib.suppress(OSError):  # another user's
+            dead.unlink()
     row_length = int(np.prod(shape[1:], dtype=object))
     # A name that nobody else can have put a link under, where the folder is open to others.
     temporary = file.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -262,7 +269,10 @@ def _build_cache(
         footer = make_footer(shape, checksums, info)
         _write(descriptor, footer, HEADER_LENGTH + shape[0] * row_length)
         os.fsync(descriptor)
+        with contextlib.suppress(OSError):  # so that nobody removes it before it is opened
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         temporary.rename(file)
+        return _open_cache(file, images, shape, stats)
     finally:
         if descriptor is not None:
             os.close(descriptor)
@@ -279,7 +289,9 @@ def _write(descriptor: int, content: bytes, place: int) -> None:
 
 
 @contextlib.contextmanager
-def _locked(file: Path, wait: bool = True) -> Iterator[None]:
+def _locked(
+    file: Path, wait: bool = True, work: str = "decoding the same images"
+) -> Iterator[None]:
     """One process at a time, of any user who may read `file`. Raises BlockingIOError without `wait`."""
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -293,16 +305,21 @@ def _locked(file: Path, wait: bool = True) -> Iterator[None]:
         except BlockingIOError:
             if not wait:
                 raise
-            log.info("another run is decoding the same images: waiting for it")
+            log.info(f"another run is {work}: waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
 
 
+def own_files(cache_dir: Path, suffix: str) -> list[Path]:
+    """The files of the cache that end so, .npy or .tmp."""
+    return [file for file in cache_dir.glob(f"*{suffix}") if OWN_FILES.fullmatch(file.name)]
+
+
 def _remove_leftovers(cache_dir: Path) -> None:
     """Temporary files of builders that were killed: those whose lock is free."""
-    for leftover in cache_dir.glob("*.tmp"):
+    for leftover in own_files(cache_dir, ".tmp"):
         lock = cache_dir / f"{leftover.name.split('.')[0]}.lock"
         with contextlib.suppress(OSError), _locked(lock, wait=False):
             leftover.unlink()
@@ -314,12 +331,11 @@ def _room(cache_dir: Path, needed: int, limit: float | None, folder: Path) -> It
     if limit is None:
         yield
         return
-    with _locked(cache_dir / "limit.lock"):
+    with _locked(cache_dir / "limit.lock", work="making room in the cache"):
         files = {}
-        for file in cache_dir.iterdir():
+        for file in own_files(cache_dir, ".npy") + own_files(cache_dir, ".tmp"):
             with contextlib.suppress(FileNotFoundError):  # another builder's, renamed by now
-                if file.suffix in (".npy", ".tmp"):
-                    files[file] = file.stat()
+                files[file] = file.stat()
         used = sum(status.st_size for status in files.values())
         for file in sorted(files, key=lambda file: files[file].st_mtime_ns):
             if used + needed > limit and needed <= limit and file.suffix == ".npy" and remove(file):
@@ -357,13 +373,18 @@ def default_folder() -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """List or clear; returns the exit status, 1 if something named could not be removed."""
+    """List or clear; returns the exit status, 1 if something could not be removed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="cache_vit.py", description=__doc__.splitlines()[0])
     parser.add_argument("command", nargs="?", choices=("list", "clear"), default="list")
     parser.add_argument("names", nargs="*", metavar="NAME", help="as listed; all without one")
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", default=default_folder())
     args = parser.parse_args(argv)
-    files = sorted(args.cache_dir.glob("*.npy"), key=last_use)
+    args.cache_dir = args.cache_dir.expanduser()
+    if not args.cache_dir.is_dir() and args.cache_dir != default_folder():
+        error = f"cache folder {args.cache_dir} does not exist"
+        print(printable(f"cache_vit.py: error: {error}"), file=sys.stderr)
+        return 2
+    files = sorted(own_files(args.cache_dir, ".npy"), key=last_use)
     status = 0
     for name in args.names:
         if not any(file.stem.startswith(name) for file in files):
@@ -378,6 +399,8 @@ def main(argv: list[str] | None = None) -> int:
             status = status or int(not removed)
             line = f"{'removed' if removed else 'kept, a run has it open:'}  {line}"
         print(line)
+    if args.command == "clear" and not args.names:
+        _remove_leftovers(args.cache_dir)
     return status
 
 

@@ -21,6 +21,7 @@ from images_vit import (
     DecodingPixels,
     ImageFolder,
     Pixels,
+    check_classes,
     is_folder,
     not_decoded,
     printable,
@@ -46,7 +47,7 @@ def hold_out(
         if len(members) < 2:
             name = f"number {number}" if classes is None else f"folder {classes[number]}"
             raise DataError(
-                f"class {name} has 1 image; training and validation need one each: "
+                f"class {name} has 1 image that can be used; training and validation need one each: "
                 "add images or a val/ folder"
             )
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
@@ -78,7 +79,8 @@ def make_digits(folder: Path = DEMO_FOLDER) -> Path:
     except OSError as error:
         if not folder.is_dir():  # else another process was first
             raise DataError(
-                f"the demo cannot be written to {folder}: {error.strerror or error}"
+                f"the demo cannot be written to {folder}: {error.strerror or error}; start in a folder "
+                "that you may write to, or give --download-dir your own images"
             ) from None
     finally:
         shutil.rmtree(copy, ignore_errors=True)
@@ -180,11 +182,8 @@ def open_data(
         decoded = decode_folder(images, image_size, channels, cache_dir, workers, cache, limit)
         keep = np.delete(np.arange(len(images.names)), list(decoded.broken))
         splits[name] = Split(decoded.pixels, images.targets, keep)
-        for number, name_of_class in enumerate(classes):
-            if skip_broken and not (images.targets[keep] == number).any():
-                raise DataError(
-                    f"class folder {images.folder / name_of_class} has no image that can be decoded"
-                )
+        if skip_broken:
+            check_classes(images, decoded.broken)
         broken += [f"{images.path(i)} ({why})" for i, why in sorted(decoded.broken.items())]
         size = f"{decoded.pixels.nbytes / 1e6:,.1f} MB"
         if cache == "off":
@@ -211,7 +210,7 @@ def open_data(
     if len(splits["val"]) < 20 * len(classes):
         notes.append(
             f"validation has only {len(splits['val'])} images for {len(classes)} classes: "
-            "selection on so few is noisy; --val-split 0.2 holds out more of train/"
+            "selection on so few is noisy; more images, or a larger --val-split, make it less so"
         )
     notes = [printable(note) for note in notes]
     return Data(classes, splits["train"], splits["val"], splits.get("test"), notes)

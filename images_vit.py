@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 IMAGE_EXTENSIONS = {
@@ -145,19 +145,34 @@ def files_below(root: str, folder: str) -> Iterator[str]:
             yield name
 
 
-def size_time_problem(path: str) -> tuple[int, int, str]:
-    """Size, modification time, and why the file cannot be read, if so; a pipe would block for ever."""
+def identity_problem(path: str) -> tuple[int, int, int, str]:
+    """Size, times of modification and change, and why the file cannot be read, if so.
+
+    Two files that change places keep their modification times, and those of one archive may agree.
+    """
     try:
         status = os.stat(path)
     except OSError as error:  # a link to nowhere
-        return -1, -1, error.strerror
-    if not stat.S_ISREG(status.st_mode):
-        return -1, -1, "not a regular file"
+        return -1, -1, -1, error.strerror
+    if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
+        return -1, -1, -1, "not a regular file"
     # The second call costs as much as the first, and what everybody may read needs none.
     if status.st_mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
-        return -1, -1, "Permission denied"
+        return -1, -1, -1, "Permission denied"
     problem = f"file of {status.st_size:,} bytes" if status.st_size > LARGEST_FILE else ""
-    return status.st_size, status.st_mtime_ns, problem
+    modified, changed = (ns % 2**63 for ns in (status.st_mtime_ns, status.st_ctime_ns))
+    return status.st_size, modified, changed, problem
+
+
+def check_classes(images: ImageFolder, broken: dict[int, str]) -> None:
+    """Raises DataError if of a class all images are `broken`: why, by index."""
+    left = np.bincount(np.delete(images.targets, list(broken)), minlength=len(images.classes))
+    for number in np.flatnonzero(left == 0):
+        first = next(i for i in sorted(broken) if images.targets[i] == number)
+        raise DataError(
+            f"class folder {images.folder / images.classes[number]} has no image that can be decoded: "
+            f"{images.path(first)} ({broken[first]}), ..."
+        )
 
 
 # --- decoding ---------------------------------------------------------------------------------------
@@ -167,8 +182,8 @@ def decode_image(path: Path, size: int, channels: int) -> np.ndarray:
     """One image as uint8 (channels, size, size), turned as its EXIF says and squeezed to a square.
 
     Transparent pixels become white; 16-bit grey keeps its upper 8 bits; of several frames the first
-    counts. Raises OSError with an errno if the file cannot be read, and whatever Pillow raises if it
-    cannot be decoded (OSError without one, SyntaxError, ValueError, ...).
+    counts. Raises OSError with an errno if the file cannot be read, MemoryError, and whatever Pillow
+    raises if it cannot be decoded (OSError without one, SyntaxError, ValueError, ...).
     """
     mode = {1: "L", 3: "RGB"}[channels]
     # Read at once: Pillow and libtiff map files, and one cut short meanwhile would kill the process.
@@ -182,10 +197,17 @@ def decode_image(path: Path, size: int, channels: int) -> np.ndarray:
         image.draft(mode, (size, size))  # lets libjpeg decode at a fraction of the size
         if image.width * image.height > LARGE_IMAGE:
             stack.enter_context(_large_images)
+        exif = image.getexif()
+        for tag in exif.keys() - {ExifTags.Base.Orientation}:  # Pillow writes back what is there,
+            del exif[tag]  # which fails at tags of a wrong type
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
-            pixels = np.asarray(image) >> 8
-            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            pixels = np.asarray(image)
+            low, high = int(pixels.min()), int(pixels.max())
+            few_bits = image.mode == "I" and image.format == "TIFF" and 0 < high < 256
+            if low < 0 or high >= 2**16 or few_bits:
+                raise ValueError("32-bit or signed pixels have no defined range")
+            image = Image.fromarray((pixels >> 8).astype(np.uint8))
         elif image.mode == "F":
             raise ValueError("floating-point pixels have no defined range")
         transparent = image.has_transparency_data
@@ -199,20 +221,13 @@ def decode_image(path: Path, size: int, channels: int) -> np.ndarray:
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
-@contextlib.contextmanager
-def quiet_pillow() -> Iterator[None]:
-    """Pillow's and libtiff's remarks stay out of the user's log: each file is decoded or named."""
+def quiet_pillow() -> None:
+    """Keep Pillow's and libtiff's remarks out of the user's log: each file is decoded or named."""
     with contextlib.suppress(OSError, AttributeError):  # libtiff writes to stderr by itself
         ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
-    logger = logging.getLogger("PIL")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    # For good: to restore the filters of the process is not safe where several threads decode.
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _decode(path: Path, size: int, channels: int) -> np.ndarray:
@@ -224,6 +239,10 @@ def _decode(path: Path, size: int, channels: int) -> np.ndarray:
             raise DataError(
                 f"{path} could be read when the folder was listed, but no more: {error.strerror}; "
                 "start again when the folder is whole"
+            ) from None
+        if isinstance(error, MemoryError):  # the file may be sound
+            raise DataError(
+                f"{path} takes more memory to decode than there is: end other programs, or make it smaller"
             ) from None
         reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
         raise ValueError(reason) from None
@@ -250,6 +269,7 @@ def decode_all(
 
     broken = dict(problems)
     rows = [row for row in range(shape[0]) if row not in problems]
+    quiet_pillow()
     bar = tqdm(
         None,
         printable(f"decoding {images.folder}"),
@@ -261,7 +281,7 @@ def decode_all(
     # Threads are enough: Pillow decodes and resizes without Python's lock.
     pool = ThreadPoolExecutor(workers)
     try:
-        with quiet_pillow(), bar:
+        with bar:
             for first in range(0, len(rows), 4096):  # a million tasks would take a gigabyte
                 part = rows[first : first + 4096]
                 for row, reason in zip(part, pool.map(decode, part), strict=True):
@@ -277,6 +297,8 @@ def decode_again(path: Path, image: np.ndarray) -> None:
     """Fill `image` (channels, size, size). Raises ImageLost; at the start the file could be decoded."""
     try:
         image[:] = _decode(path, image.shape[1], image.shape[0])
+    except DataError as error:
+        raise ImageLost(str(error)) from None
     except ValueError as error:
         raise ImageLost(f"{path} cannot be decoded any more: {error}; repair it") from None
 
@@ -311,8 +333,7 @@ class DecodingPixels(Pixels):
         self.pool = ThreadPoolExecutor(workers)
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        with quiet_pillow():
-            list(self.pool.map(decode_again, map(self.images.path, rows.tolist()), out))
+        list(self.pool.map(decode_again, map(self.images.path, rows.tolist()), out))
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,13 @@ from images_vit import (
     IMAGE_EXTENSIONS,
     DataError,
     ImageFolder,
+    check_classes,
     decode_here,
     files_below,
+    identity_problem,
     not_decoded,
     printable,
     read_image_folder,
-    size_time_problem,
 )
 from options_vit import make_parser
 from utils_vit import CheckpointError
@@ -125,7 +126,7 @@ class Classifier(nn.Module):
             part = slice(first, first + count)
             some = replace(images, names=images.names[part], targets=images.targets[part])
             shape = (len(some.names), channels, size, size)
-            problems = (size_time_problem(str(some.path(i)))[2] for i in range(shape[0]))
+            problems = (identity_problem(str(some.path(i)))[-1] for i in range(shape[0]))
             known = {i: problem for i, problem in enumerate(problems) if problem}
             decoded = decode_here(some, shape, setup_vit.usable_cores(), "memory", known)
             split = Split(decoded.pixels, some.targets, np.arange(shape[0]))
@@ -180,22 +181,27 @@ def evaluate(classifier: Classifier, folder: Path) -> dict[str, object]:
     Images that cannot be decoded are named, and left out if the run left them out (--skip-broken), else
     DataError is raised.
     """
-    images = read_image_folder(folder, classifier.classes)
-    logits, targets, unusable = [], [], []
-    for part, some, broken in classifier.predict(images):
-        unusable += [f"{part.path(i)} ({why})" for i, why in sorted(broken.items())]
-        kept = np.delete(np.arange(len(some)), list(broken))
-        logits.append(some[kept])
-        targets.append(part.targets[kept])
-    if unusable:
-        named = not_decoded(unusable)
+    try:
+        images = read_image_folder(folder, classifier.classes)
+    except OSError as error:
+        raise DataError(f"folder {error.filename} cannot be listed: {error.strerror}") from None
+    parts: list[Tensor] = []
+    broken: dict[int, str] = {}
+    for _, logits, problems in classifier.predict(images):
+        before = sum(map(len, parts))
+        broken |= {before + i: problem for i, problem in problems.items()}
+        parts.append(logits)
+    if broken:
+        named = not_decoded([f"{images.path(i)} ({why})" for i, why in sorted(broken.items())])
         if not getattr(classifier.args, "skip_broken", False):
             raise DataError(f"{named}. Repair or remove them")
+        check_classes(images, broken)
         print(printable(f"predict_vit.py: {named}. Left out (--skip-broken)"), file=sys.stderr)
-    whole, numbers = torch.cat(logits), np.concatenate(targets)
-    loss = {"loss": F.cross_entropy(whole, torch.from_numpy(numbers)).item()}
-    probabilities = whole.double().softmax(dim=1).numpy()
-    return loss | report_vit.test_report(probabilities, numbers, classifier.classes)
+    kept = np.delete(np.arange(len(images.names)), list(broken))
+    logits, targets = torch.cat(parts)[kept], images.targets[kept]
+    loss = {"loss": F.cross_entropy(logits, torch.from_numpy(targets)).item()}
+    probabilities = logits.double().softmax(dim=1).numpy()
+    return loss | report_vit.test_report(probabilities, targets, classifier.classes)
 
 
 def export(classifier: Classifier, file: Path) -> None:
@@ -213,16 +219,22 @@ def export(classifier: Classifier, file: Path) -> None:
     size, channels = classifier.args.image_size, classifier.args.channel
     pixels = torch.zeros(2, channels, size, size, dtype=torch.uint8)
     shapes, classes = {"pixels": {0: torch.export.Dim("batch")}}, json.dumps(classifier.classes)
-    program = torch.export.export(classifier, (pixels,), dynamic_shapes=shapes)
-    if kind == ".pt2":
-        archive = io.BytesIO()
-        torch.export.save(program, archive, extra_files={"classes.json": classes})
-        content = archive.getvalue()
-    else:
-        names = {"input_names": ["pixels"], "output_names": ["probabilities"]}
-        translated = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-        translated.model.metadata_props["classes"] = classes
-        content = translated.model_proto.SerializeToString()
+    try:
+        program = torch.export.export(classifier, (pixels,), dynamic_shapes=shapes)
+        if kind == ".pt2":
+            archive = io.BytesIO()
+            torch.export.save(program, archive, extra_files={"classes.json": classes})
+            content = archive.getvalue()
+        else:
+            names = {"input_names": ["pixels"], "output_names": ["probabilities"]}
+            translated = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+            translated.model.metadata_props["classes"] = classes
+            content = translated.model_proto.SerializeToString()
+    except Exception as error:  # whatever an architecture of vit-pytorch makes them raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"arch {classifier.args.arch} cannot be exported to {kind}: {reason}"
+        ) from None
     try:
         utils_vit.replace_file(file, content)
     except OSError as error:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -122,6 +123,21 @@ def test_memory_that_there_is_not(folder: Path) -> None:
         decode(folder, size=10**7, mode="memory")
 
 
+def test_other_warnings_stay_while_images_are_decoded(
+    folder: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Two threads read where images are mixed; none may silence what the program says."""
+    decoded = decode(folder, mode="off")
+    readers = [threading.Thread(target=lambda: decoded.pixels[0:30]) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    while any(reader.is_alive() for reader in readers):
+        warnings.warn(f"{len(recwarn.list)}", stacklevel=1)
+        time.sleep(0.001)
+    assert [str(w.message) for w in recwarn.list] == [str(i) for i in range(len(recwarn.list))]
+    assert recwarn.list
+
+
 # --- the limit, the list ----------------------------------------------------------------------------
 
 
@@ -184,10 +200,13 @@ def test_more_than_the_limit_alone(folder: Path) -> None:
 
 def test_list_and_clear(folder: Path, capsys: pytest.CaptureFixture) -> None:
     cache = folder.parent / "cache"
+    assert cache_vit.main(["--cache-dir", str(cache)]) == 2
+    assert capsys.readouterr().err == f"cache_vit.py: error: cache folder {cache} does not exist\n"
+    cache.mkdir()
     assert cache_vit.main(["--cache-dir", str(cache)]) == 0
     assert capsys.readouterr().out == ""
     names = [decode(folder, size).file.stem for size in (8, 16)]
-    (cache / "ab.npy").write_bytes(b"of another version")
+    (cache / f"{'ab' * 16}.npy").write_bytes(b"of another version")
     assert cache_vit.main(["--cache-dir", str(cache)]) == 0
     lines = sorted(capsys.readouterr().out.splitlines(), key=lambda line: line.split()[-5:])
     listed = {line[:8]: line for line in lines}
@@ -198,7 +217,7 @@ def test_list_and_clear(folder: Path, capsys: pytest.CaptureFixture) -> None:
 
     assert cache_vit.main(["clear", names[0][:8], "nothing", "--cache-dir", str(cache)]) == 1
     assert capsys.readouterr().err == f"cache_vit.py: {cache} has no nothing\n"
-    assert {file.stem for file in cache.glob("*.npy")} == {names[1], "ab"}
+    assert {file.stem for file in cache.glob("*.npy")} == {names[1], "ab" * 16}
     command = [sys.executable, REPOSITORY / "cache_vit.py", "clear", "--cache-dir", cache]
     assert subprocess.run(command, capture_output=True, text=True).stdout.count("removed") == 2
     assert not list(cache.glob("*.npy"))
@@ -209,12 +228,46 @@ def test_list_and_clear_go_on_past_a_file_that_cannot_be_read(
 ) -> None:
     cache = folder.parent / "cache"
     name = decode(folder).file.stem[:8]
-    (cache / "gone.npy").symlink_to("nowhere")
+    gone = cache / f"{'0e' * 16}.npy"
+    gone.symlink_to("nowhere")
     assert cache_vit.main(["--cache-dir", str(cache)]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first == "gone  cannot be read: No such file or directory" and second.startswith(name)
+    assert first == "0e0e0e0e  cannot be read: No such file or directory" and second.startswith(
+        name
+    )
     assert cache_vit.main(["clear", "--cache-dir", str(cache)]) == 1
-    assert [file.name for file in cache.glob("*.npy")] == ["gone.npy"]
+    assert list(cache.glob("*.npy")) == [gone]
+
+
+def test_files_of_others_stay(folder: Path) -> None:
+    """A cache folder may be one that other programs use too."""
+    cache = folder.parent / "cache"
+    cache.mkdir()
+    others = {cache / name for name in ("report.tmp", "features.npy", f"{'ab' * 16}.json")}
+    for file in others:
+        file.write_bytes(bytes(10**6))
+    decode(folder, limit=1e5)
+    decode(folder, 16, limit=1e5)
+    assert cache_vit.main(["clear", "--cache-dir", str(cache)]) == 0
+    assert {file for file in cache.iterdir() if file.suffix != ".lock"} == others
+
+
+@pytest.mark.parametrize("limit", [None, 1e4], ids=["no limit", "limit"])
+def test_what_a_killed_builder_leaves(limit: float | None, folder: Path) -> None:
+    """The one that waited for it removes it first; else `clear` does."""
+    cache = folder.parent / "cache"
+    cache.mkdir()
+    file = cache_vit.place_of(read_image_folder(folder), 8, 3, cache)[0]
+    with cache_vit._locked(file.with_suffix(".lock")):
+        waiting = threading.Thread(target=decode, args=(folder,), kwargs={"limit": limit})
+        waiting.start()
+        time.sleep(0.5)  # it has looked for leftovers by now, and waits
+        file.with_suffix(".999-0a1b2c3d.tmp").write_bytes(bytes(9000))
+    waiting.join()
+    assert file.exists() and not list(cache.glob("*.tmp"))
+    file.with_suffix(".999-0a1b2c3d.tmp").write_bytes(bytes(9000))
+    assert cache_vit.main(["clear", "--cache-dir", str(cache)]) == 0
+    assert {left.suffix for left in cache.iterdir()} == {".lock"}
 
 
 def test_a_folder_of_its_own_is_private(folder: Path) -> None:

@@ -146,7 +146,9 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path, make_images: MakeImag
     with pytest.raises(DataError, match="dog has no images"):
         open_small(tmp_path / "data")
     make_images(tmp_path / "data", ["dog"], 1)
-    with pytest.raises(DataError, match="class folder dog has 1 image; .* one each"):
+    with pytest.raises(
+        DataError, match="class folder dog has 1 image that can be used; .* one each"
+    ):
         open_small(tmp_path / "data")
     make_images(tmp_path / "parts", ["cat", "dog"], 2)
     (tmp_path / "parts" / "cat").rename(tmp_path / "parts" / "Training")
@@ -237,6 +239,7 @@ def paletted(transparent: bool) -> Image.Image:
         (Image.fromarray(np.full((6, 6), 40_000, np.uint16)), "png", [156] * 3, 156),
         (Image.fromarray(np.full((6, 6), 40_000, np.uint16)), "tif", [156] * 3, 156),
         (Image.fromarray(np.full((6, 6), 40_000, np.int32)), "tif", [156] * 3, 156),
+        (Image.fromarray(np.zeros((6, 6), np.int32)), "tif", [0] * 3, 0),
     ],
     ids=lambda value: getattr(value, "mode", None) or str(value),
 )
@@ -250,6 +253,16 @@ def test_decoding_every_kind_of_file(
         assert pixels.dtype == np.uint8 and pixels.shape == (channels, 4, 4)
         expected = np.broadcast_to(np.array(expected)[:, None, None], pixels.shape)
         np.testing.assert_allclose(pixels, expected, atol=2)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (-1000, 3000), (0, 2**31 - 1)])
+def test_whole_numbers_of_no_known_range(low: int, high: int, tmp_path: Path) -> None:
+    """Signed and 32-bit pixels, of CT for example, would become black or two-valued without a word."""
+    Image.fromarray(np.linspace(low, high, 36).astype(np.int32).reshape(6, 6)).save(
+        tmp_path / "image.tif"
+    )
+    with pytest.raises(ValueError, match="no defined range"):
+        decode_image(tmp_path / "image.tif", 4, 1)
 
 
 @pytest.mark.parametrize("size", [(40, 8), (8, 40)])
@@ -278,6 +291,18 @@ def test_exif_rotation(orientation: int, bright: tuple, suffix: str, tmp_path: P
     pixels = decode_image(tmp_path / f"a.{suffix}", 8, 1)[0]
     assert (pixels[bright] > 240).all()
     assert pixels.mean() == pytest.approx(127.5, abs=5)
+
+
+def test_exif_with_a_tag_of_a_wrong_type(tmp_path: Path) -> None:
+    """Any other program shows such a photo; Pillow cannot write its tags back."""
+    text = b"II*\0" + (8).to_bytes(4, "little") + (2).to_bytes(2, "little")
+    for tag, kind, count, value in ((0x0100, 12, 1, 8), (0x0112, 3, 1, 6)):
+        text += b"".join(n.to_bytes(2, "little") for n in (tag, kind))
+        text += b"".join(n.to_bytes(4, "little") for n in (count, value))
+    image = Image.new("L", (64, 32), 0)
+    image.paste(255, (0, 0, 64, 16))
+    image.save(tmp_path / "a.jpg", exif=b"Exif\0\0" + text + bytes(4))
+    assert (decode_image(tmp_path / "a.jpg", 8, 1)[0][:, 5:] > 240).all()
 
 
 def test_a_large_photo_keeps_its_content(tmp_path: Path) -> None:
@@ -360,7 +385,8 @@ def test_cache_is_reused_and_each_size_and_channel_has_its_own(image_folder: Pat
 
 
 @pytest.mark.parametrize(
-    "change", ["content", "same size", "time", "add", "remove", "rename", "broken"]
+    "change",
+    ["content", "same size", "time", "same size and time", "add", "remove", "rename", "broken"],
 )
 def test_cache_follows_the_folder(change: str, image_folder: Path) -> None:
     folder = image_folder / "train"
@@ -375,6 +401,10 @@ def test_cache_follows_the_folder(change: str, image_folder: Path) -> None:
             image.write_bytes(content)
         case "time":
             os.utime(image, ns=(0, image.stat().st_mtime_ns + 1))
+        case "same size and time":  # as two files that change places keep them
+            modified = image.stat().st_mtime_ns
+            image.write_bytes(image.read_bytes())
+            os.utime(image, ns=(0, modified))
         case "add":
             Image.new("RGB", (12, 12), "white").save(folder / "cat" / "zzz.png")
         case "remove":
@@ -390,6 +420,35 @@ def test_cache_follows_the_folder(change: str, image_folder: Path) -> None:
         if i not in after.broken:
             assert np.array_equal(after.pixels[i], decode_image(images.path(i), 8, 3))
     assert (0 in after.broken) == (change in ("broken", "same size"))
+
+
+def test_any_time_that_a_file_can_have(image_folder: Path) -> None:
+    for number, seconds in enumerate((-(2**31), 13_569_465_600)):  # 1901, 2400
+        os.utime(image_folder / "train" / "cat" / f"{number:03}.png", (seconds, seconds))
+    assert decode_small(image_folder / "train").built
+    assert not decode_small(image_folder / "train").built
+
+
+def test_a_lack_of_memory_is_not_the_images_fault(image_folder: Path) -> None:
+    """Nothing is kept of it, and the next run has all images."""
+    folder = image_folder / "train"
+    Image.new("RGBA", (6000, 6000), "red").save(folder / "cat" / "large.png", compress_level=1)
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from cache_vit import decode_folder
+        from images_vit import DataError, read_image_folder
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**27,) * 2)  # the image takes 144 MB
+        try:
+            decode_folder(read_image_folder(Path(sys.argv[1])), 8, 3, Path(sys.argv[2]), 1)
+        except DataError as error:
+            print(error)
+    """
+    output, _ = python(code, folder, folder.parent / "cache").communicate(timeout=60)
+    assert "large.png takes more memory to decode than there is" in output
+    assert not list((folder.parent / "cache").glob("*.npy"))
+    assert not decode_small(folder).broken
 
 
 def test_eight_processes_build_a_cold_cache_once(image_folder: Path) -> None:
