@@ -17,6 +17,7 @@ from typing import Any
 import distributed_vit
 from config_vit import differences, saved_parameters
 from data_vit import Data
+from options_vit import with_defaults
 from utils_vit import (
     BEST,
     LAST,
@@ -87,9 +88,10 @@ def check_whole(folder: Path, args: argparse.Namespace, data: Data) -> None:
     load_checkpoint(folder / BEST)
     if saved["args"]["epochs"] != args.epochs:
         raise CheckpointError(f"it had --epochs {saved['args']['epochs']}")
-    if changes := differences(saved["args"], saved_parameters(args)):
+    if changes := differences(with_defaults(saved["args"]), saved_parameters(args)):
         raise CheckpointError(f"it had other parameters: {changes}")
-    if (saved["classes"], saved["train_images"]) != (data.classes, len(data.train)):
+    images = (saved["classes"], saved["train_images"], saved.get("val_images", len(data.val)))
+    if images != (data.classes, len(data.train), len(data.val)):
         raise CheckpointError("the images have changed since")
 
 
@@ -117,7 +119,7 @@ def continue_member(state: TrainingState, args: argparse.Namespace, data: Data) 
     if changes := differences(
         *(
             {name: p[name] for name in p.keys() - PBT_MAY_CHANGE - {"load_checkpoint_dir"}}
-            for p in (saved["args"], saved_parameters(args))
+            for p in (with_defaults(saved["args"]), saved_parameters(args))
         )
     ):
         raise CheckpointError(f"checkpoint {file} is of other parameters: {changes}")

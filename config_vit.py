@@ -123,6 +123,15 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return convert
 
 
+def path(text: str) -> Path:
+    """An argparse type: `~` is the home of the user."""
+    if not text:  # a variable of the shell that is not set; Path makes the working directory of it
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(
+        os.path.expanduser(text)
+    )  # Path's own raises where there is no such user, or no home
+
+
 def resolve(
     parser: Parser, argv: list[str], sample: dict[str, Any] | None = None
 ) -> argparse.Namespace:
@@ -163,6 +172,8 @@ def what_still_holds(file: dict[str, Any], given: dict[str, Any]) -> dict[str, A
         void.add("patch_num")
     if "download_dir" in given:
         void.add("num_classes")
+        if "download_dir" not in file:  # the demo's own, which would win over val/
+            void.add("val_split")
     # What is in the file as it follows from others there follows from what they are now.
     followed = {
         "lr": (["optimizer"], LEARNING_RATE.get),
@@ -207,10 +218,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def continue_given(parser: Parser, given: dict[str, Any]) -> dict[str, Any]:
     """What --resume continues: the parameters of the checkpoint, and those given that may change."""
-    if "init_from" in given:
-        raise UsageError("--resume continues a run and --init-from starts one: give one of them")
     state, _, _ = utils_vit.load_newest(given["resume"])
     saved = parser.given_by(str(given["resume"]), state["args"])
+    if given.get("init_from") not in (None, saved.get("init_from")):
+        raise UsageError("--resume continues a run and --init-from starts one: give one of them")
     saved.pop("gpu", None)  # checkpoints of before 2026-11-26 have it
     changes = differences(saved, {**saved, **given})
     if changes:
@@ -260,7 +271,10 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
                 f"{name} has no effect under the {args.scheduler} schedule: leave it out"
             )
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
-        raise UsageError(f"warmup_epochs {args.warmup_epochs:g} is more than epochs {args.epochs}")
+        raise UsageError(
+            f"warmup_epochs {args.warmup_epochs:g} is more than epochs {args.epochs}: give --epochs at "
+            f"least {math.ceil(args.warmup_epochs)}, or leave the warm-up out"
+        )
 
     check_budget(args)
 
@@ -293,8 +307,7 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
         *("load_checkpoint_dir", "save_checkpoint_dir"),
     ):
         if (path := getattr(args, name)) is not None:
-            # Path's own raises where there is no such user, or no home.
-            setattr(args, name, Path(os.path.expanduser(path)).absolute())
+            setattr(args, name, path.absolute())
 
 
 def check_budget(args: argparse.Namespace) -> None:

@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         # By now NNI has replaced sys.stdout.
         log.handlers = [logging.StreamHandler(sys.stdout) if leads else logging.NullHandler()]
         log.propagate = False
+        logging.raiseExceptions = False  # a full disk behind stdout, or a closed pipe, is no news
         log.setLevel(logging.INFO)
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # NNI shows every library's
         with ExitStack() as until_end:
@@ -89,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         remedy = (
-            "what was saved before is whole: --resume its checkpoint.pth.tar once this is cured"
+            "what was saved before is whole: --resume its checkpoint.pth.tar once this is cured, or start "
+            "again if there is none"
         )
         complain(f"{UsageError(str(error))}; {remedy}", alone=True)
         return 1
@@ -147,7 +149,8 @@ def main_worker(
             under_way = state.epoch_under_way(steps_per_epoch) + 1
             lines = {line["epoch"]: nni_metrics(line, args.metric) for line in recorder.lines}
             trial.begin_curve(under_way, lines)
-        identity = {"args": parameters, "classes": data.classes, "train_images": len(data.train)}
+        identity = {"args": parameters, "classes": data.classes}
+        identity |= {"train_images": len(data.train), "val_images": len(data.val)}
         saver = utils_vit.Saver(output, identity, args.checkpoint_steps, args.checkpoint_minutes)
     signals = StopSignals()
 
@@ -215,16 +218,20 @@ def one_epoch(
 ) -> tuple[dict[str, Any], bool]:
     """Train what is left of epoch number `state.epoch` (from 0) and validate; `state` then knows the best.
 
-    Returns the line of metrics.jsonl and whether the epoch is the best so far.
+    Returns the line of metrics.jsonl and whether the epoch is the best so far. One that --max-steps cuts
+    short is that only until there is a whole one: a run that goes on after it selects as one in one go.
     """
     line: dict[str, Any] = {"epoch": state.epoch + 1}
     line |= train(state, data.train, args, device, total_steps, after_step)
     metrics, _, _ = validate(state, data.val, args, device, after_batch)
     line |= {f"val_{name}": value for name, value in metrics.items()}
-    best = state.best and state.best[f"val_{args.metric}"]
-    value = line[f"val_{args.metric}"]
-    is_best = best is None or report_vit.improves(args.metric, value, best)
-    is_whole = state.step % math.ceil(len(data.train) / args.batch_size) == 0
+    steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
+    is_whole = state.step % steps_per_epoch == 0
+    name = f"val_{args.metric}"
+    if state.best is None or (is_whole and state.best["step"] % steps_per_epoch):
+        is_best = True
+    else:
+        is_best = is_whole and report_vit.improves(args.metric, line[name], state.best[name])
     state.complete_epoch(line, is_best, is_whole)
     return line, is_best
 

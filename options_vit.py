@@ -1,11 +1,11 @@
 """The command line of main_vit.py: every option, its range and its default."""
 
-from pathlib import Path
+from typing import Any
 
 import augment_vit
 import cache_vit
 import report_vit
-from config_vit import LEARNING_RATE, Parser, number
+from config_vit import LEARNING_RATE, Parser, number, path
 
 
 def make_parser() -> Parser:
@@ -18,7 +18,7 @@ def make_parser() -> Parser:
     positive, share = number(int, 1), number(float, 0, 1)
 
     add = parser.add_argument_group("data").add_argument
-    add("--download-dir", type=Path, metavar="DIR", help="folder with train/ and, if there are, val/ and test/, or with class folders directly (default: the digits demo, written to ./dataset/digits)")
+    add("--download-dir", type=path, metavar="DIR", help="folder with train/ and, if there are, val/ and test/, or with class folders directly (default: the digits demo, written to ./dataset/digits)")
     add("--num-classes", type=number(int, 2), metavar="N", help="must be the number of class folders (default: that number)")
     add("-s", "--image-size", type=positive, metavar="PIXELS", help="images are resized to this square (default: 224; demo 16)")
     add("-ch", "--channel", type=int, choices=(1, 3), help="1 reads grey, 3 reads RGB (default: 3; demo 1)")
@@ -32,10 +32,10 @@ def make_parser() -> Parser:
     add("--mixup", type=number(float, 0, 100), metavar="ALPHA", default=0.0, help="blend training images and their targets in pairs, by shares from Beta(ALPHA, ALPHA); 0 for none (default: %(default)s)")
     add("--cutmix", type=number(float, 0, 100), metavar="ALPHA", default=0.0, help="the same by a box of the other image; with --mixup each image takes one of both (default: %(default)s)")
     add("--skip-broken", action="store_true", help="leave out images that cannot be decoded, instead of ending")
-    add("--cache-dir", type=Path, metavar="DIR", help="where decoded images are kept for later runs (default: ~/.cache/vit-nni)")
+    add("--cache-dir", type=path, metavar="DIR", help="where decoded images are kept for later runs (default: ~/.cache/vit-nni)")
     add("--cache", choices=cache_vit.MODES, default="disk", help="keep decoded images on disk, for all runs, or in memory, for this one, or decode them in every epoch (default: %(default)s)")
     add("--cache-limit", type=number(float, 0, above=True), metavar="GB", help="most that --cache-dir may hold: what was not used for longest makes room (default: what the disk has)")
-    add("--workers", type=positive, metavar="N", help="threads that decode images (default: the cores that this process may use; with --cache off --threads)")
+    add("--workers", type=number(int, 1, 1024), metavar="N", help="threads that decode images (default: the cores that this process may use; with --cache off --threads)")
 
     add = parser.add_argument_group("model").add_argument
     add("-a", "--arch", default="vit", help="vit, or another architecture of vit-pytorch: simple_vit, deepvit, cait, ... (default: %(default)s)")
@@ -66,7 +66,7 @@ def make_parser() -> Parser:
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 is mixed precision; auto takes it where the device gains from it (default: %(default)s)")
     add("--deterministic", action="store_true", help="on a GPU the algorithms that repeat to the bit, where torch has them; may be slower")
     add("--gpu", type=number(int, 0), metavar="N", help="CUDA device (default: the first, under NNI each trial the next; the CPU where there is none)")
-    add("--threads", type=positive, metavar="N", help="CPU threads of the computation (default: the cores that this process may use, under NNI its share of them; OMP_NUM_THREADS, which torchrun sets to 1, limits it)")
+    add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads of the computation (default: the cores that this process may use, under NNI its share of them; OMP_NUM_THREADS, which torchrun sets to 1, limits it)")
     add("--metric", choices=tuple(report_vit.METRICS), default="accuracy", help="of validation: selects the best epoch, is NNI's default metric (default: %(default)s)")
 
     add = parser.add_argument_group("learning rate schedule").add_argument
@@ -76,16 +76,22 @@ def make_parser() -> Parser:
     add("--dont-adjust-learning-rate", action="store_true", help="the same as --scheduler constant")
 
     add = parser.add_argument_group("output, resume, NNI").add_argument
-    add("--model-dir", type=Path, metavar="DIR", help="output folder, under NNI its own (default: runs/<time>-<seed>)")
+    add("--model-dir", type=path, metavar="DIR", help="output folder, under NNI its own (default: runs/<time>-<seed>)")
     add("--checkpoint-steps", type=positive, metavar="N", help="save every N steps too, not only after an epoch")
     add("--checkpoint-minutes", type=number(float, 0, above=True), metavar="T", help="save every T minutes too")
     add("--auto-resume", action="store_true", help="go on with the run that --model-dir holds, if any; always so under NNI")
-    add("--resume", type=Path, metavar="FILE", help="continue the run of this checkpoint.pth.tar, in its folder")
-    add("--init-from", type=Path, metavar="FILE", help="start a new run from the weights of this checkpoint")
-    add("--load-checkpoint-dir", type=Path, metavar="DIR", help="of PBT: go on from the checkpoint in there, if any, for --epochs more")
-    add("--save-checkpoint-dir", type=Path, metavar="DIR", help="of PBT: leave the checkpoint there too, at the end")
-    add("--config", type=Path, metavar="FILE", help="YAML of parameters; the args.yaml of a run repeats it")
+    add("--resume", type=path, metavar="FILE", help="continue the run of this checkpoint.pth.tar, in its folder")
+    add("--init-from", type=path, metavar="FILE", help="start a new run from the weights of this checkpoint")
+    add("--load-checkpoint-dir", type=path, metavar="DIR", help="of PBT: go on from the checkpoint in there, if any, for --epochs more")
+    add("--save-checkpoint-dir", type=path, metavar="DIR", help="of PBT: leave the checkpoint there too, at the end")
+    add("--config", type=path, metavar="FILE", help="YAML of parameters; the args.yaml of a run repeats it")
     add("--request-from-nni", action="store_true", help="take parameters from NNI and report to it")
-    add("--check", type=Path, metavar="FILE", help="check an NNI experiment (config.yml) and its search space, and end")
+    add("--check", type=path, metavar="FILE", help="check an NNI experiment (config.yml) and its search space, and end")
     # fmt: on
     return parser
+
+
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a checkpoint, with the defaults of options that its program did not have yet."""
+    defaults = vars(make_parser().parse_args([]))
+    return {name: value for name, value in defaults.items() if value is not None} | saved

@@ -195,7 +195,7 @@ class Recorder:
         self.file = folder / "metrics.jsonl"
         text = self.file.read_bytes() if self.file.exists() else b""
         lines = filter(None, map(json_object, text.splitlines()))  # a crash can leave half a line
-        self.lines = [line for line in lines if line["step"] <= step]
+        self.lines = [line for line in lines if line.get("step", math.inf) <= step]
         replace_file(self.file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self.tensorboard: Any = None
 
@@ -222,15 +222,16 @@ class Recorder:
         self._events(1).add_images("train/first_batch", shown.clamp(0, 1), 1)
 
     def close(self, results: dict[str, Any]) -> None:
-        """Write results.json, draw metrics.png and the confusion matrices of validation and test.
+        """Draw metrics.png and the confusion matrices of validation and test; then write results.json.
 
         Both matrices go to TensorBoard; that of the test, if there was one, to confusion_matrix.png too.
+        results.json says that all is there, so it comes last.
         """
         from PIL import Image
 
-        replace_file(self.folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
         draw_metrics(self.lines, results["best_epoch"], self.folder / "metrics.png")
-        events = self._events(self.lines[-1]["epoch"] + 1)  # those of PBT do not begin with 1
+        # Those of PBT do not begin with 1; there are none where only checkpoints were copied here.
+        events = self._events(max((line["epoch"] for line in self.lines), default=0) + 1)
         matrices = {"validation": results["validation_confusion_matrix"]}
         if results["test"] is not None:
             matrices["test"] = results["test"]["confusion_matrix"]
@@ -243,6 +244,7 @@ class Recorder:
             if name == "test":
                 (self.folder / "confusion_matrix.png").write_bytes(drawing.getvalue())
         events.close()
+        replace_file(self.folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
 
     def _events(self, epoch: int) -> Any:
         """TensorBoard's writer; what an earlier start wrote of `epoch` and later ones is hidden."""

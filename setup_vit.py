@@ -25,6 +25,7 @@ import step_vit
 import utils_vit
 import vit
 from config_vit import UsageError, differences, model_sizes, saved_parameters
+from options_vit import with_defaults
 from utils_vit import CheckpointError, TrainingState
 
 
@@ -48,7 +49,7 @@ def set_up(
         notes += continue_run(state, args.resume, data)
     elif args.load_checkpoint_dir:
         notes += budget_vit.continue_member(state, args, data)
-    elif args.init_from:
+    if args.init_from and not state.step:
         notes += start_from(state, args, data.classes)
     if args.precision == "bfloat16" and not has_bfloat16(device):  # a run of another machine, say
         remedy = "" if args.resume else ": --precision float32"  # which a resume would refuse
@@ -106,15 +107,24 @@ def output_folder(
                 f"{folder} holds a run already: continue it with --resume {checkpoint} or "
                 "--auto-resume, or give --model-dir another folder"
             )
-        saved = utils_vit.load_newest(checkpoint)[0]["args"]
+        saved = with_defaults(utils_vit.load_newest(checkpoint)[0]["args"])
         args.num_classes = args.num_classes or saved["num_classes"]
-        if args.warmup_epochs == args.epochs / 10 and saved["epochs"] != args.epochs:
-            args.warmup_epochs = saved.get("warmup_epochs")  # not given: a longer run keeps its own
+        if args.warmup_epochs == args.epochs / 10:  # not given: a longer run keeps its own
+            args.warmup_epochs = saved.get("warmup_epochs")
+            if (args.warmup_epochs or 0) > args.epochs:
+                raise UsageError(
+                    f"{folder} holds a run with a warm-up of {args.warmup_epochs:g} epochs: give --epochs "
+                    "at least as many"
+                )
         for name in undecided & saved.keys():  # on another machine, say, they would be others
             setattr(args, name, saved[name])
         if changes := differences(saved, saved_parameters(args)):
             raise UsageError(f"{folder} holds a run with other parameters: {changes}")
         args.resume = checkpoint
+    elif not (args.resume or in_nni) and (folder / "results.json").exists():
+        raise UsageError(
+            f"{folder} holds the results of a run without its checkpoints: give --model-dir another folder"
+        )
     return folder
 
 
@@ -358,8 +368,25 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
             f"checkpoint {file} is of {saved['train_images']:,} training images, here are "
             f"{len(data.train):,}: --init-from starts a new run from its weights"
         )
-    if saved["best"]:
-        utils_vit.load_checkpoint(file.with_name(utils_vit.BEST))  # better now than at the end
+    if saved.get("val_images", len(data.val)) != len(data.val):
+        raise CheckpointError(
+            f"checkpoint {file} was validated on {saved['val_images']:,} images, here are "
+            f"{len(data.val):,}: --init-from starts a new run from its weights"
+        )
+    if saved["best"]:  # better now than at the end
+        file_of_best = file.with_name(utils_vit.BEST)
+        try:
+            best = utils_vit.load_checkpoint(file_of_best)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}, and {source.name} goes on only beside it: --init-from starts a new run from "
+                "its weights"
+            ) from None
+        if best["best"] != saved["best"]:
+            raise CheckpointError(
+                f"{file_of_best} is not of epoch {saved['best']['epoch']}, the best that {source} knows "
+                "of: bring the files of one moment together"
+            )
     if source != file and file.name == utils_vit.LAST:
         with suppress(OSError):  # else the next save would keep the damaged one as the one before
             utils_vit.link_or_copy(source, file)

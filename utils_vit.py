@@ -76,7 +76,8 @@ def replace_file(filename: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, filename)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(filename)  # a full disk names none
         with suppress(OSError):  # the folder may be read-only or gone by now
             temporary.unlink()
         raise
@@ -140,18 +141,23 @@ def load_checkpoint(filename: str | Path) -> dict[str, Any]:
 def load_newest(filename: Path) -> tuple[dict[str, Any], Path, str | None]:
     """The state to go on from at a checkpoint, its file, and what to say if that is another.
 
-    If it is damaged or missing that is the one before it, or the best. Either way it is the best if that
-    is of a later step, else the best would be of an epoch that the run does not know of, and may not come
-    to again. Raises CheckpointError.
+    If one of the run's own is damaged or missing that is the one before it, or the best. Either way it
+    is the best if that is of a later step, else the best would be of an epoch that the run does not know
+    of, and may not come to again. Raises CheckpointError.
     """
     source, note = filename, None
     try:
         state = load_checkpoint(filename)
     except CheckpointError as error:
-        others = (filename.with_name(name) for name in (PREVIOUS, BEST))
-        if (source := next(filter(Path.exists, others), None)) is None:
+        if filename.name not in (LAST, PREVIOUS, BEST):  # mistyped, say
             raise
-        state, note = load_checkpoint(source), f"{error}: going on from {source}"
+        state = None
+        for source in (filename.with_name(name) for name in (PREVIOUS, BEST)):
+            with suppress(CheckpointError):
+                state, note = load_checkpoint(source), f"{error}: going on from {source}"
+                break
+        if state is None:
+            raise
     file = filename.with_name(BEST)
     with suppress(CheckpointError):  # missing, or damaged, and then a better one may replace it
         best = load_checkpoint(file)
@@ -293,8 +299,9 @@ class Saver:
         self.identity = identity  # what a checkpoint says of its run beside the state
         self.steps, self.seconds = steps, minutes and minutes * 60
         self.saved_at = time.monotonic()
-        for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink()
+        for name in (LAST, PREVIOUS, BEST, "args.yaml", "metrics.jsonl", "results.json"):
+            # Of a run that was killed while it wrote.
+            (folder / f".{name}.tmp").unlink(missing_ok=True)
 
     def due(self, step: int) -> bool:
         """Whether it is time for a checkpoint between two epochs."""

@@ -244,7 +244,6 @@ def test_schedules(argv: str, scheduler: str, gamma: float | None, warmup: float
         ("--epochs 2 --warmup-epochs 3", "warmup_epochs 3 is more than epochs 2"),
         ("--arch simple_vit --pool mean", "pool has no effect on arch simple_vit"),
         ("--arch resnet50", "arch 'resnet50' is neither vit nor"),
-        ("--resume a --init-from b", "give one of them"),
     ],
 )
 def test_contradictions_and_what_has_no_effect(argv: str, message: str) -> None:
@@ -375,6 +374,22 @@ def test_sizes_that_an_architecture_refuses() -> None:
     assert resolve_of(arch="simple_vit", vt_dim=32, vt_heads=2).vt_dim == 32
     with pytest.raises(UsageError, match="arch 'na_vit_nested_tensor' is neither"):
         resolve_of(arch="na_vit_nested_tensor")
+
+
+@pytest.mark.parametrize("option", ["--resume", "--model-dir", "--config", "--cache-dir"])
+def test_a_variable_that_is_not_set_is_no_path(option: str, run_main) -> None:
+    result = run_main(option, "")
+    assert result.status == 2 and result.stderr.endswith(f"argument {option}: an empty path\n")
+    assert not list(result.cwd.iterdir())
+
+
+def test_every_path_may_begin_at_home(home: Path, image_folder: Path, run_main) -> None:
+    argv = [*TINY, "--download-dir", image_folder, "--epochs", 1, "--model-dir=~/a run"]
+    result = run_main(*argv)
+    assert result.status == 0 and not list(result.cwd.iterdir())
+    assert run_main("--resume=~/a run/checkpoint.pth.tar", "--epochs", 2).status == 0
+    assert run_main("--config=~/a run/args.yaml").status == 0
+    assert (home / "a run" / "results.json").exists()
 
 
 def test_auto_resume_needs_a_folder(run_main) -> None:

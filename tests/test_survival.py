@@ -115,8 +115,131 @@ def test_auto_resume(image_folder: Path, run_main: RunMain, read_lines, tmp_path
     assert result.status == 0 and "--epochs makes it longer" in result.stdout
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.*")}
     assert before == after
-    assert run_main(*folder, tmp_path / "whole", "--epochs", 4).status == 0  # as --resume would
+    for said in ("epoch   4/4", "this run is finished"):  # as --resume would, and once more
+        result = run_main(*folder, tmp_path / "whole", "--epochs", 4)
+        assert result.status == 0 and said in result.stdout, result.stderr
     assert len(read_lines(tmp_path / "whole")) == 4
+
+
+def test_auto_resume_of_a_warm_up_that_is_longer_now(
+    image_folder: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    argv = ["--download-dir", image_folder, *TINY, "--auto-resume", "--model-dir", tmp_path / "run"]
+    assert run_main(*argv, "--epochs", 100, "--max-steps", 3).status == 0
+    result = run_main(*argv, "--epochs", 8)
+    assert result.status == 2 and "a warm-up of 10 epochs: give --epochs at least" in result.stderr
+
+
+def test_auto_resume_of_what_an_older_program_began(
+    image_folder: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    """It had not all of today's options; what they would have to be is their default."""
+    argv = ["--download-dir", image_folder, *TINY, "--auto-resume", "--model-dir", tmp_path]
+    assert run_main(*argv, "--max-steps", 20).status == 0
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        saved = load_checkpoint(tmp_path / name)
+        for option in ("crop", "mixup", "erase", "cache", "deterministic"):
+            del saved["args"][option]
+        (tmp_path / name).unlink()
+        save_checkpoint(saved, False, tmp_path / name)
+    result = run_main(*argv, "--crop", 0.5)
+    assert result.status == 2 and "other parameters: crop 1.0 -> 0.5\n" in result.stderr
+    assert run_main(*argv).status == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "selected"),
+    [("--lr=3e-3", 2), ("--lr=1e-9 --optimizer=sgd", 1)],
+    ids=["falls", "stays"],
+)
+def test_an_epoch_cut_short_is_not_selected_when_the_run_goes_on(
+    options: str, selected: int, image_folder: Path, run_main: RunMain, read_lines, tmp_path: Path
+) -> None:
+    """Whether the loss falls, and half an epoch is better than what there is, or what comes is no better."""
+    argv = ["--download-dir", image_folder, *TINY, *options.split(), "--metric", "loss"]
+    argv += ["--model-dir"]
+    assert run_main(*argv, tmp_path / "whole").status == 0
+    for steps, best in ((8, 1), (40, selected)):  # within the first epoch of 16, within the third
+        assert run_main(*argv, tmp_path / "cut", "--auto-resume", "--max-steps", steps).status == 0
+        results = json.loads((tmp_path / "cut" / "results.json").read_text())
+        assert results["best_epoch"] == best
+    last = tmp_path / "cut" / "checkpoint.pth.tar"
+    assert run_main("--resume", last, "--max-steps", 99).status == 0
+    assert differing(tmp_path / "whole", tmp_path / "cut", read_lines) == []
+
+
+def test_a_best_of_another_moment_is_refused(
+    image_folder: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    """As a copy of a folder in which a run is at work can have it."""
+    argv = ["--download-dir", image_folder, *TINY, "--metric", "loss", "--model-dir", tmp_path]
+    last, best = (tmp_path / name for name in ("checkpoint.pth.tar", "model_best.pth.tar"))
+    assert run_main(*argv, "--max-steps", 16).status == 0
+    content = best.read_bytes()
+    assert run_main("--resume", last, "--max-steps", 32).status == 0
+    best.write_bytes(content)
+    result = run_main("--resume", last, "--max-steps", 48)
+    assert result.status == 2 and "is not of epoch 2, the best that " in result.stderr
+    best.unlink()
+    result = run_main("--resume", last, "--max-steps", 48)
+    assert result.status == 2 and "--init-from starts a new run" in result.stderr
+
+
+def test_other_validation_images_are_refused(
+    image_folder: Path, run_main: RunMain, tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    make_images(image_folder / "val", ["cat", "dog"], 4)
+    argv = [a for a in TINY if a not in ("--val-split", "0.2")]
+    argv = ["--download-dir", image_folder, *argv, "--model-dir", tmp_path / "run"]
+    assert run_main(*argv, "--max-steps", 9).status == 0
+    (image_folder / "val" / "cat" / "000.png").unlink()
+    result = run_main("--resume", tmp_path / "run" / "checkpoint.pth.tar", "--max-steps", 99)
+    assert result.status == 2 and "was validated on 8 images, here are 7" in result.stderr
+
+
+def test_the_files_at_the_end_come_before_results_json(
+    image_folder: Path, run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that all is done; whoever is killed while the pictures are drawn draws them again."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    argv = ["--download-dir", image_folder, *TINY, "--auto-resume", "--model-dir", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(report_vit, "draw_confusion_matrix", full)
+        result = run_main(*argv)
+    assert result.status == 1 and result.stderr.startswith("main_vit.py: [Errno 28] No space left")
+    assert not (tmp_path / "results.json").exists()
+    assert run_main(*argv).status == 0
+    assert {"results.json", "metrics.png", "confusion_matrix.png"} <= {
+        f.name for f in tmp_path.iterdir()
+    }
+
+
+def test_files_of_others_in_the_folder_stay(
+    image_folder: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    argv = [
+        "--download-dir",
+        image_folder,
+        *TINY,
+        "--max-steps",
+        3,
+        "--model-dir",
+        tmp_path / "run",
+    ]
+    (tmp_path / "run").mkdir()
+    notes, results = tmp_path / "run" / ".notes.tmp", tmp_path / "run" / "results.json"
+    notes.write_text("mine")
+    assert run_main(*argv).status == 0
+    assert notes.read_text() == "mine"
+    for file in (tmp_path / "run").glob("*.pth.tar"):
+        file.unlink()  # for want of space
+    before = results.read_text()
+    result = run_main(*argv)
+    assert result.status == 2 and "holds the results of a run without" in result.stderr
+    assert results.read_text() == before
 
 
 def test_auto_resume_keeps_the_precision_of_another_machine(
@@ -321,6 +444,35 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     argv = ["--download-dir", image_folder, *TINY, "--max-steps", 1000]
     assert run_main(*argv, "--model-dir", tmp_path / "whole").status == 0
     assert differing(tmp_path / "whole", run_folder, read_lines) == []
+
+
+def test_the_best_is_what_is_left_when_both_others_are_damaged(
+    run_folder: Path, run_main: RunMain
+) -> None:
+    for name in ("checkpoint.pth.tar", "previous.pth.tar"):
+        (run_folder / name).write_bytes(b"damaged")
+    result = run_main("--resume", run_folder / "checkpoint.pth.tar", "--max-steps", 30)
+    assert (
+        result.status == 0 and f"going on from {run_folder / 'model_best.pth.tar'}" in result.stdout
+    )
+
+
+def test_a_mistyped_checkpoint_is_no_damaged_one(run_folder: Path, run_main: RunMain) -> None:
+    before = (run_folder / "checkpoint.pth.tar").read_bytes()
+    for name in ("checkpoint.pth", "args.yaml"):
+        result = run_main("--resume", run_folder / name, "--max-steps", 30)
+        assert result.status == 2 and f"{name} " in result.stderr
+    assert (run_folder / "checkpoint.pth.tar").read_bytes() == before
+
+
+def test_checkpoints_alone_can_be_gone_on_with(
+    run_folder: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    (tmp_path / "copy").mkdir()
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        (tmp_path / "copy" / name).write_bytes((run_folder / name).read_bytes())
+    result = run_main("--resume", tmp_path / "copy" / "checkpoint.pth.tar")
+    assert result.status == 0, result.stderr
 
 
 class Malice:
