@@ -8,7 +8,6 @@ import io
 import logging.handlers
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from config_vit import Parser
 from report_vit import METRICS
-from space_vit import Sample
+from space_vit import Sample, one_line
 
 # Of NNI 3.0's own that do not run with today's packages, and what does in their place.
 REPLACEMENTS = {
@@ -27,6 +26,7 @@ REPLACEMENTS = {
     "hyperband": ("hyperband_tuner.Hyperband", "it fails on the ids of trials (issue 5263)"),
     "bohb": ("bohb_tuner.BOHB", "it fails on the ids of trials (issue 5263)"),
     "evolution": ("nni_tuners.Evolution", "a trial that is stopped ends the search without a word"),
+    "pbt": ("pbt_tuner.PBT", "a trial that fails ends the search, or leaves it waiting for ever"),
     "dngo": ("dngo_tuner.Dngo", "it mixes up the keys and takes 0.95 for the best result"),
 }
 # What does in the place of those that raise KeyError where a sample lacks the outer of three choices.
@@ -54,14 +54,6 @@ def quiet() -> Iterator[list[logging.LogRecord]]:
             logger.handlers = before
 
 
-def one_line(error: Exception) -> str:
-    """An error of other people's code in one line; of a bare assertion its condition."""
-    text = " ".join(str(error).split())
-    if not text:
-        text = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-
-
 def is_batch(tuner: Any) -> bool:
     """Whether the one key of the search space stands for whole samples."""
     name = (tuner.name or "").lower()
@@ -69,9 +61,14 @@ def is_batch(tuner: Any) -> bool:
 
 
 def check_algorithm(
-    kind: str, config: Any, space: dict[str, Any], metric: str, parser: Parser, errors: list[str]
+    kind: str,
+    config: Any,
+    space: dict[str, Any],
+    metric: str | None,
+    parser: Parser,
+    errors: list[str],
 ) -> Sample:
-    """Make the tuner or assessor as NNI would, let a tuner generate a sample; which way it looks.
+    """Make the tuner or assessor as NNI would and ask it once; which way it looks, where a metric is known.
 
     Returns what trials get from it beside the search space.
     """
@@ -82,7 +79,11 @@ def check_algorithm(
             bound = inspect.signature(algorithm).bind(**arguments)
             bound.apply_defaults()
             check_depth(config, space)
-            added = added_parameters(config, algorithm, arguments, space if kind == "tuner" else {})
+            if kind == "assessor":
+                ask_assessor(algorithm(**arguments))
+                added = {}
+            else:
+                added = added_parameters(config, algorithm, arguments, space)
             parser.given_by("it adds a parameter", added)
         except Exception as error:  # of any package that a tuner may be made with
             errors.append(f"{kind} {name}: {one_line(error)}")
@@ -90,10 +91,10 @@ def check_algorithm(
         finally:
             sys.path[:] = path
     mode = bound.arguments.get("optimize_mode", arguments.get("optimize_mode"))
-    if (config.name or "").lower() == "curvefitting" and METRICS[metric] == "min":
+    if (config.name or "").lower() == "curvefitting" and METRICS.get(metric) == "min":
         errors.append(f"{kind} {name} would end the best trials by {metric}: take Halving")
-    wanted = {"max": "maximize", "min": "minimize"}[METRICS[metric]]
-    if mode not in (None, wanted):
+    wanted = {"max": "maximize", "min": "minimize"}.get(METRICS.get(metric))
+    if wanted and mode not in (None, wanted):
         said = "has" if "optimize_mode" in arguments else "lacks optimize_mode, which then is"
         errors.append(
             f"{kind} {name} {said} {mode}: it would prefer the worst models by {metric}; "
@@ -109,7 +110,7 @@ def algorithm_class(kind: str, config: Any) -> tuple[type, dict[str, Any]]:
     path, arguments = config.class_name, dict(config.class_args or {})
     replacement = REPLACEMENTS.get((config.name or "").lower().removesuffix("tuner"))
     if kind == "tuner" and replacement:
-        raise ValueError(replaced(*replacement))
+        raise ValueError(replaced(config, *replacement))
     if path:
         sys.path.append(str(config.code_directory))  # last, as NNI does: installed packages win
     else:
@@ -131,12 +132,15 @@ def check_depth(config: Any, space: dict[str, Any]) -> None:
     for key in format_search_space(space) if instead else ():
         if len(key) > 3:  # names, and numbers of options between them
             name = "/".join(part for part in key if isinstance(part, str))
-            raise ValueError(replaced(instead, f"it fails on {name}, a choice inside of choices"))
+            raise ValueError(
+                replaced(config, instead, f"it fails on {name}, a choice inside of choices")
+            )
 
 
-def replaced(class_name: str, reason: str) -> str:
+def replaced(config: Any, class_name: str, reason: str) -> str:
     """What to write for a tuner of NNI that does not run."""
-    folder = os.path.relpath(Path(__file__).parent / "tuners")
+    tuners = os.path.realpath(Path(__file__).parent / "tuners")
+    folder = os.path.relpath(tuners, os.path.realpath(config._base_path))
     return (
         f"NNI 3.0's own does not work: {reason}; in place of its name give "
         f"codeDirectory: {folder} (from where the file is) and className: {class_name}"
@@ -157,8 +161,21 @@ def added_parameters(
         return {"TRIAL_BUDGET": advisor.largest_budget}
     os.environ.setdefault("NNI_CHECKPOINT_DIRECTORY", "checkpoint")  # PBT asks for it
     instance = algorithm(**arguments)
-    if not space:
-        return {}
     instance.update_search_space(copy.deepcopy(space))
     sample = instance.generate_parameters(0)
     return {} if is_batch(config) else {k: v for k, v in sample.items() if k not in space}
+
+
+def ask_assessor(assessor: Any) -> None:
+    """A trial of three epochs. Raises ValueError, or whatever the assessor does, which would end NNI."""
+    from nni.assessor import Assessor, AssessResult
+
+    if not isinstance(assessor, Assessor):
+        raise ValueError("it is not an Assessor of NNI")
+    history = []
+    for value in (0.5, 0.6, 0.7):
+        history.append({"default": value} | dict.fromkeys(METRICS, value))  # as main_vit.py reports
+        answer = assessor.assess_trial("0", copy.deepcopy(history))
+        if not isinstance(answer, bool | AssessResult):
+            raise ValueError(f"assess_trial returns {answer!r}, not an AssessResult")
+    assessor.trial_end("0", True)

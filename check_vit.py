@@ -1,30 +1,40 @@
 """`main_vit.py --check config.yml`: could this NNI experiment run, and would it search what it says?"""
 
 import contextlib
-import itertools
-import json
 import logging
 import os
-import re
-import shlex
 import sys
-from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import nni_vit
+import data_vit
+import utils_vit
 from budget_vit import PBT_MAY_CHANGE
-from check_tuner_vit import check_algorithm, is_batch, one_line, quiet
+from check_tuner_vit import check_algorithm, is_batch, quiet
+from command_vit import hides_signals, known_arguments, trial_arguments, without_gpu
 from config_vit import Parser, UsageError, read_yaml, resolve
-from space_vit import LIMIT, Sample, Variants, attempt, batch_samples, samples_of, values_text
+from images_vit import DataError
+from space_vit import (
+    LIMIT,
+    Sample,
+    Variants,
+    attempt,
+    batch_samples,
+    check_json,
+    one_line,
+    repeated_keys,
+    samples_of,
+    spec_errors,
+    values_text,
+)
+from utils_vit import CheckpointError
 
 SHOWN = 5  # messages of a kind that are printed
 # Change how fast a trial is, not what it finds.
 NO_RESULT = {"workers", "threads", "cache", "cache_dir", "cache_limit"}
-REDIRECTION = re.compile(r"(?<!\S)(&|\d*)[<>]+&?\s*[^\s;|&]+")  # "> log", "2>&1" in a command
 
 
 class Findings:
@@ -56,16 +66,32 @@ def check(file: Path, parser: Parser) -> int:
         )
 
     service, metric = config.training_service, "accuracy"
+    good: list[tuple[Sample, Any]] = []
+    judged = found
     try:
         folder, argv = trial_arguments(service.trial_command, Path(service.trial_code_directory))
+        argv, unclear = known_arguments(argv, parser)
         with quiet():
             given = parser.given(argv)
+        if unclear:
+            names = ", ".join(sorted(name or "a part of it" for name in unclear))
+            found.warnings.append(
+                f"trialCommand: what bash will put in for {names} cannot be judged: the defaults are"
+            )
+        if "" in unclear:
+            given["request_from_nni"] = True  # it may be there
+        if unclear - NO_RESULT:  # what the defaults cannot do, other values may
+            judged = Findings()
+            judged.errors = judged.warnings = found.warnings
         check_command(config, given, parser, found)
         check_overridden(keys, given, found)
         with working_folder(folder):
-            runs = try_samples(samples, parser, without_gpu(argv), found)
-            check_runs(runs, keys, service.platform == "local", found)
+            good = try_samples(samples, parser, without_gpu(argv), judged)
+            runs = [run for _, run in good]
+            check_runs(runs, keys, service.platform == "local", judged)
         metric = runs[0].metric if runs else given.get("metric", metric)
+        if unclear & {"", "metric", "config"}:
+            metric = given.get("metric")
     except UsageError as error:
         found.errors.append(f"trialCommand: {error}")
     except SystemExit:
@@ -75,7 +101,9 @@ def check(file: Path, parser: Parser) -> int:
         added = check_algorithm("tuner", tuner, space, metric, parser, found.errors)
         if added and not found.errors:
             with working_folder(folder):
-                check_added(added, samples[0][0], keys, parser, without_gpu(argv), found)
+                check_added(
+                    added, [sample for sample, _ in good], keys, parser, without_gpu(argv), judged
+                )
     if config.assessor:
         check_algorithm("assessor", config.assessor, space, metric, parser, found.errors)
         if "TRIAL_BUDGET" in added:
@@ -108,6 +136,7 @@ def shortened(texts: list[str]) -> list[str]:
 def load_experiment(file: Path, found: Findings) -> Any:
     """The ExperimentConfig that NNI makes of a YAML file of either schema. Raises UsageError."""
     content = read_yaml(file)
+    found.warnings += repeated_keys(file)
     with quiet() as records:
         from nni.experiment.config import ExperimentConfig, convert, utils
 
@@ -124,6 +153,8 @@ def load_experiment(file: Path, found: Findings) -> Any:
             complete_gpu(config, found)
             check_json(file.parent, config.search_space_file)
             config = config.canonical_copy()
+            if config.search_space_file:
+                found.warnings += repeated_keys(Path(config.search_space_file))
             if not isinstance(config.search_space, dict) or not config.search_space:
                 raise ValueError("the search space has no keys")
         except Exception as error:  # NNI's are of every type
@@ -134,17 +165,6 @@ def load_experiment(file: Path, found: Findings) -> Any:
     lost = [record.getMessage() for record in records if record.levelno >= logging.ERROR]
     found.warnings += [f"NNI ignores a part of {file}: {text}" for text in lost]
     return config
-
-
-def check_json(folder: Path, name: Any) -> None:
-    """Raises ValueError that says where a search space is not JSON; NNI says it of YAML, at length."""
-    if name and Path(name).suffix == ".json":
-        try:
-            json.loads((folder / Path(name).expanduser()).read_text())
-        except OSError as error:
-            raise ValueError(f"searchSpaceFile {name} cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"searchSpaceFile {name} is not JSON: {error}") from None
 
 
 def complete_gpu(config: Any, found: Findings) -> None:
@@ -163,25 +183,21 @@ def complete_gpu(config: Any, found: Findings) -> None:
 
 def read_space(space: dict[str, Any], parser: Parser, found: Findings) -> dict[str, set[str]]:
     """Print every key and whether main_vit.py takes it; the parameters that each good one sets."""
-    from nni.common.hpo_utils import validate_search_space
-
     keys, width = {}, max(len(str(name)) for name in space)
     for name, spec in space.items():
-        errors = len(found.errors)
+        errors = [*spec_errors(str(name), spec)]
         try:
-            validate_search_space({name: spec}, raise_exception=True)
-            samples, _ = samples_of({name: spec})
-            good, bad, partly = attempt(samples, lambda s: parser.given_by("search space", s))
-            if good:
-                keys[name] = set().union(*good)
-            found.errors += shortened([*bad])
-            # A normal may reach too far, which `try_samples` counts; other ranges must be valid.
-            found.errors += [] if "normal" in spec["_type"] else [*partly]
+            if not errors:
+                samples, _ = samples_of({name: spec})
+                good, bad, partly = attempt(samples, lambda s: parser.given_by("search space", s))
+                if good:
+                    keys[name] = set().union(*good)
+                # A normal may reach too far, which `try_samples` counts; other ranges must be valid.
+                errors = shortened([*bad]) + ([] if "normal" in spec["_type"] else [*partly])
         except Exception as error:  # NNI trusts what it reads
-            reason = one_line(error).removeprefix(f'search space "{name}" ')
-            found.errors.append(f"search space: {name}: {reason}")
-        state = "ok   " if len(found.errors) == errors else "WRONG"
-        say(f"  {name!s:{width}}  {state}  {values_text(spec)}")
+            errors = [f"search space: {name}: {one_line(error)}"]
+        say(f"  {name!s:{width}}  {'WRONG' if errors else 'ok   '}  {values_text(spec)}")
+        found.errors += errors
     return keys
 
 
@@ -207,35 +223,6 @@ def count_trials(
 # --- the trials ----------------------------------------------------------------------------------
 
 
-def trial_arguments(command: str, folder: Path) -> tuple[Path, list[str]]:
-    """Where a trialCommand runs main_vit.py, and with what. Raises UsageError if it does not."""
-    plain = REDIRECTION.sub(" ", command.replace("\\\n", " ").replace("\n", " ; "))
-    lexer = shlex.shlex(plain, posix=True, punctuation_chars=";&|()")
-    lexer.whitespace_split, lexer.commenters = True, ""
-    try:
-        words = [os.path.expandvars(word) for word in lexer]
-    except ValueError as error:
-        raise UsageError(f"{error}: {command}") from None
-    for _, group in itertools.groupby(words, lambda word: set(word) <= set(";&|()")):
-        part = list(group)
-        if part[0] == "cd" and len(part) == 2:
-            folder = folder / os.path.expanduser(part[1])
-        for i, word in enumerate(part):
-            script = "main_vit.py" if part[max(i - 1, 0) : i + 1] == ["-m", "main_vit"] else word
-            if Path(script).name == "main_vit.py":
-                if not os.path.isfile(folder / script):
-                    raise UsageError(f"{folder / script} does not exist")
-                return folder, part[i + 1 :]
-    raise UsageError(f"it does not run main_vit.py: {command}")
-
-
-def without_gpu(argv: list[str]) -> list[str]:
-    """`argv` less --gpu, which is about this machine: it should not hide what is wrong with samples."""
-    only_gpu = ArgumentParser(add_help=False, allow_abbrev=False)
-    only_gpu.add_argument("--gpu")
-    return only_gpu.parse_known_args(argv)[1]
-
-
 @contextlib.contextmanager
 def working_folder(folder: Path) -> Iterator[None]:
     """Paths are relative to `folder`, as they are for the trial."""
@@ -252,11 +239,17 @@ def check_command(config: Any, given: dict[str, Any], parser: Parser, found: Fin
     service = config.training_service
     if "resume" in given:
         raise UsageError("--resume continues one run as it was; to start from it use --init-from")
+    if "check" in given:
+        raise UsageError("--check trains nothing: leave it out")
+    if "model_dir" in given:
+        found.warnings.append(
+            "--model-dir has no effect under NNI, which has a folder for each trial"
+        )
     if not given.get("request_from_nni"):
         found.errors.append(
             "trialCommand lacks --request-from-nni: trials would not ask for values"
         )
-    if hiding := nni_vit.hides_signals(service.trial_command):
+    if hiding := hides_signals(service.trial_command):
         found.warnings.append(
             f"trialCommand: {hiding!r} keeps NNI's signal from a trial that is stopped: it could "
             "not save, and would go on running (NNI keeps a log of every trial without it)"
@@ -308,49 +301,85 @@ def check_overridden(keys: dict[str, set[str]], given: dict[str, Any], found: Fi
 
 def try_samples(
     samples: list[Variants], parser: Parser, argv: list[str], found: Findings
-) -> list[Any]:
-    """The parameters of all runs that can work; the combinations that cannot go to `found`."""
-    runs, failing, partly = attempt(samples, lambda sample: resolve(parser, argv, sample))
+) -> list[tuple[Sample, Any]]:
+    """Samples that can work, with all parameters of their runs; those that cannot go to `found`."""
+    good, failing, partly = attempt(samples, lambda sample: (sample, resolve(parser, argv, sample)))
     for counter, verb in ((failing, "cannot work"), (partly, "work in a part of the range only")):
         if counter:
             lines = [f"{count:,} x {text}" for text, count in counter.most_common()]
             head = f"{sum(counter.values()):,} of {len(samples):,} combinations {verb}"
             text = "\n    ".join([head, *shortened(lines)]).replace("NNI's sample: ", "")
-            (found.warnings if runs else found.errors).append(text)
-    return runs
+            (found.warnings if good else found.errors).append(text)
+    return good
 
 
 def check_runs(runs: list[Any], keys: dict[str, set[str]], local: bool, found: Findings) -> None:
     """What the parameters of the runs tell beyond being valid."""
-    for name in ("download_dir", "init_from") if local else ():
-        for path in sorted({getattr(run, name) for run in runs} - {None}):
-            # Path's own raise where a name is too long.
-            if not (os.path.isdir if name == "download_dir" else os.path.isfile)(path):
-                found.errors.append(f"--{name.replace('_', '-')} {path} does not exist")
+    if local:
+        found.errors += shortened(file_errors(runs))
+    if len(metrics := sorted({run.metric for run in runs})) > 1:
+        found.errors.append(
+            f"trials could not be compared: metric is {' or '.join(metrics)}: give one in trialCommand"
+        )
     searched = set().union(*keys.values())
     if runs and "momentum" in searched and not {"sgd", "rmsprop"} & {r.optimizer for r in runs}:
         found.warnings.append("momentum has no effect: no trial has optimizer sgd or rmsprop")
 
 
+def file_errors(runs: list[Any]) -> list[str]:
+    """What is wrong with the images, as far as their folders tell, and the checkpoints of the runs."""
+    folders = {(run.download_dir, run.num_classes, bool(run.val_split)) for run in runs}
+    files = {run.init_from for run in runs} - {None}
+    looks = [(check_images, folder) for folder in sorted(folders, key=str)]
+    looks += [(utils_vit.load_checkpoint, (file,)) for file in sorted(files)]
+    errors = {}  # in order, each once
+    for look, arguments in looks:
+        try:
+            look(*arguments)
+        except (DataError, CheckpointError, ValueError) as error:  # the last for a name with \0
+            errors[str(UsageError(str(error)))] = None  # one line
+    return [*errors]
+
+
+def check_images(download_dir: Path | None, num_classes: int | None, val_split: bool) -> None:
+    """Lists the images as a run does. Raises DataError."""
+    if download_dir is None:
+        if num_classes not in (None, 10):
+            raise DataError(f"--num-classes is {num_classes}, but the demo has 10 classes")
+        return
+    if not os.path.isdir(download_dir):  # Path's own raises where a name is too long
+        raise DataError(f"--download-dir {download_dir} does not exist")
+    try:
+        folders = data_vit.read_splits(download_dir, num_classes, val_split)
+    except OSError as error:
+        raise DataError(
+            f"--download-dir {download_dir} cannot be listed: {error.filename}: {error.strerror}"
+        ) from None
+    if "val" not in folders:
+        train = folders["train"]
+        data_vit.hold_out(train.targets, 0.1, 0, train.classes)
+
+
 def check_added(
     added: Sample,
-    sample: Sample,
+    samples: list[Sample],
     keys: dict[str, set[str]],
     parser: Parser,
     argv: list[str],
     found: Findings,
 ) -> None:
-    """What becomes of a run with the parameters that the tuner adds: budgets, folders of PBT."""
-    try:
-        run = resolve(parser, argv, sample | added)
-    except UsageError as error:
-        found.errors.append(str(error).replace("NNI's sample", "the tuner"))
-        return
-    if run.stop_epoch and run.stop_epoch < run.epochs:
+    """What becomes of the runs with the parameters that the tuner adds: budgets, folders of PBT."""
+    runs, failing, _ = attempt(
+        [(sample,) for sample in samples], lambda sample: resolve(parser, argv, sample | added)
+    )
+    found.errors += shortened([text.replace("NNI's sample", "the tuner") for text in failing])
+    cut = [run for run in runs if run.stop_epoch and run.stop_epoch < run.epochs]
+    if cut:
+        epochs = max(run.epochs for run in cut)
         found.warnings.append(
-            f"the tuner's largest budget {run.stop_epoch} is less than epochs {run.epochs}: no trial "
-            "would come to the end of its learning rate schedule"
+            f"the tuner's largest budget {cut[0].stop_epoch} is less than epochs {epochs}: such a "
+            "trial would not come to the end of its learning rate schedule"
         )
-    if run.load_checkpoint_dir:
+    if any(run.load_checkpoint_dir for run in runs):
         for name in sorted(name for name, sets in keys.items() if not sets <= PBT_MAY_CHANGE):
             found.errors.append(f"PBT changes values within a training, where {name} cannot change")

@@ -113,7 +113,7 @@ class Data:
     notes: list[str]
 
 
-def _read_splits(
+def read_splits(
     download_dir: Path, num_classes: int | None, val_split: float | None
 ) -> dict[str, ImageFolder]:
     """The image folders of train and, where they exist and count, val and test."""
@@ -169,7 +169,7 @@ def open_data(
             raise DataError(
                 f"data folder {download_dir} does not exist; give --download-dir one that does"
             )
-        folders = _read_splits(download_dir, num_classes, val_split)
+        folders = read_splits(download_dir, num_classes, val_split)
     except OSError as error:
         raise DataError(
             f"data folder {download_dir} cannot be listed: {error.filename}: {error.strerror}"

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import re
 import select
 import signal
 import sys
@@ -234,36 +233,3 @@ def end_with_grandparent() -> None:
 def trial_gpu(sequence_id: int, device_count: int) -> int:
     """The GPU of a trial that sees several and was given none; concurrent trials get different ones."""
     return sequence_id % device_count
-
-
-# torchrun passes the signal on to the processes that it started.
-PYTHON = re.compile(r"""(^|[/"'])(python[\d.]*|torchrun)["']?$|\.py["']?$""")
-SHELL = re.compile(r"""(^|/)(ba|da|z|k)?sh$|\.sh["']?$""")
-TOKEN = re.compile(
-    r"""(?P<redirection>&?\d*[<>]+(?!\()&?)|(?P<control>[;&|\n]+)|(?P<group>[()])"""
-    r"""|(?P<word>([$<>]\([^)]*\)|\\.|'[^']*'|"(\\.|[^"\\])*"|[^\s;&|<>()\\'"])+)""",
-    re.DOTALL,
-)
-
-
-def hides_signals(command: str) -> str | None:
-    """The part of a trialCommand that keeps NNI's SIGINT from Python, None if it gets through."""
-    # NNI signals bash, and only bash: Python gets it where bash turned into Python, which it does for
-    # the last command of a line if that stands plain, and for whatever is exec'ed.
-    command = command.replace("\\\n", " ").strip().rstrip(";")
-    words: list[str] = []
-    hiding = after_python = None
-    for token in TOKEN.finditer(command):
-        rest = command[token.start() :]
-        if token["word"]:
-            words.append(token[0])
-        elif token["control"] and token[0] not in ("|", "|&", "&"):  # ; && || newline
-            if any(map(PYTHON.search, words)):
-                after_python = rest
-            words, hiding = [], None
-        elif not token["redirection"] or "exec" not in words:
-            hiding = hiding or rest
-    program = next((word for word in words if "=" not in word), "")
-    if SHELL.search(program) or program in ("time", "eval", "!"):
-        hiding = hiding or command[command.rindex(program) :]
-    return hiding or (None if any(map(PYTHON.search, words)) else after_python)

@@ -1,11 +1,16 @@
 """NNI's search spaces: the samples that a tuner can draw from one, enumerated for `--check`."""
 
 import itertools
+import json
 import math
 import random
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from config_vit import UsageError
 from utils_vit import CheckpointError
@@ -103,3 +108,72 @@ def values_text(spec: Any) -> str:
         kind = [] if spec.get("_type") == "choice" else [f"{spec.get('_type')}:"]
         text = " ".join([*kind, *map(str, values)])
     return text if len(text) <= 70 else f"{text[:67]}..."
+
+
+# --- what NNI would not take -------------------------------------------------------------------------
+
+
+def repeated_keys(file: Path) -> list[str]:
+    """A warning for each key that a mapping in a YAML or JSON file has more than once."""
+    try:
+        nodes = [yaml.compose(file.read_text().replace("\t", " "), yaml.SafeLoader)]
+    except yaml.YAMLError:  # JSON that is not YAML
+        return []
+    warnings, seen = [], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))  # aliases
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+            continue
+        nodes += [value for _, value in node.value]
+        counts = Counter(str(key.value) for key, _ in node.value)
+        warnings += [
+            f"{file.name} has {name} {count} times in one mapping: only the last one counts"
+            for name, count in counts.items()
+            if count > 1
+        ]
+    return warnings
+
+
+def check_json(folder: Path, name: Any) -> None:
+    """Raises ValueError that says where a search space is not JSON; NNI says it of YAML, at length."""
+    if name and Path(name).suffix == ".json":
+        try:
+            json.loads((folder / Path(name).expanduser()).read_text())
+        except OSError as error:
+            raise ValueError(f"searchSpaceFile {name} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"searchSpaceFile {name} is not JSON: {error}") from None
+
+
+def spec_errors(name: str, spec: Any) -> Iterator[str]:
+    """What NNI could not take of a key, or of those within its options as "optimizer/momentum"."""
+    from nni.common.hpo_utils import validate_search_space
+
+    match spec:
+        case {"_type": "choice", "_value": [*options]}:
+            given = [option for option in options if option is not None]  # null is "not given"
+            plain = spec | {"_value": given}
+        case _:
+            plain, given = spec, []
+    try:
+        validate_search_space({name: plain}, raise_exception=True)
+    except Exception as error:  # NNI trusts what it reads
+        reason = one_line(error).removeprefix(f'search space "{name}" ')
+        yield f"search space: {name}: {reason}"
+        return
+    for option in given:
+        for key, inner in option.items() if isinstance(option, dict) else ():
+            if key != "_name":
+                yield from spec_errors(f"{name}/{key}", inner)
+
+
+def one_line(error: Exception) -> str:
+    """An error of other people's code in one line; of a bare assertion its condition."""
+    text = " ".join(str(error).split())
+    if not text:
+        text = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

@@ -93,9 +93,8 @@ def findings(result: Any, kind: str) -> list[str]:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    (tmp_path / "chest_xray").mkdir()
-    return tmp_path / "chest_xray"
+def data(tmp_path: Path, make_images: Callable[..., Path]) -> Path:
+    return make_images(tmp_path / "chest_xray", ["cat", "dog"], 2)
 
 
 def write_space(folder: Path, **changes: Any) -> None:
@@ -199,6 +198,9 @@ def test_unknown_key(check) -> None:
         ("lr", choice(), "should not be empty"),
         ("lr", 0.1, "expect a dict"),
         ("download_dir", choice("/a"), "--download-dir /a does not exist"),
+        ("download_dir", choice("a\0"), "--download-dir .* does not exist"),
+        ("init_from", choice("a\0"), "null byte"),
+        ("init_from", choice("a" * 300), "File name too long"),
         ("resume", choice("a.pth.tar"), "resume belongs on the command line"),
     ],
 )
@@ -278,6 +280,75 @@ def test_nested_space_is_judged_as_the_trial_does(check) -> None:
     assert check(searchSpace={"optimizer": nested}).status == 0
 
 
+NESTED_ERRORS = [
+    ({"_type": "Choice", "_value": [0.8]}, 'unsupported type "Choice"'),
+    (numbers("unifor", 0, 0.9), 'unsupported type "unifor"'),
+    ({"_type": "uniform", "_value": ["0", "0.9"]}, "must have float values"),
+    (0.8, "is a float, expect a dict"),
+    ([0, 0.9], "is a list, expect a dict"),
+]
+
+
+@pytest.mark.parametrize(("spec", "message"), NESTED_ERRORS)
+def test_keys_within_options_are_validated(check, spec: Any, message: str) -> None:
+    deep = choice({"_name": "step", "gamma": spec}, {"_name": "cosine"})
+    nested = choice({"_name": "sgd", "momentum": spec, "scheduler": deep}, {"_name": "adam"})
+    result = check(searchSpace={"optimizer": nested, "lr": choice(1e-3)})
+    assert result.status == 2
+    assert re.search(r"^  optimizer +WRONG", result.stdout, re.MULTILINE)
+    first, second = findings(result, "error")
+    assert first.startswith("search space: optimizer/momentum: ") and message in first
+    assert second.startswith("search space: optimizer/scheduler/gamma: ") and message in second
+
+
+@pytest.mark.parametrize(
+    "spec", [choice(None, 0.5), choice(0.5, None), choice(None), choice({"_name": "step"}, None)]
+)
+def test_null_in_a_choice_is_not_given(check, spec: dict[str, Any]) -> None:
+    nested = isinstance(spec["_value"][0], dict)
+    options = "--gamma 0.5" if nested else ""
+    space = {"scheduler" if nested else "gamma": spec}
+    result = check(searchSpace=space, trialCommand=f"{COMMAND} {options}")
+    assert (result.status, findings(result, "warning")) == (0, [])
+
+
+def test_trials_of_different_metrics_could_not_be_compared(check) -> None:
+    result = check(searchSpace={"metric": choice("accuracy", "auc")})
+    (error,) = findings(result, "error")
+    assert error.startswith("trials could not be compared: metric is accuracy or auc")
+    assert check(searchSpace={"metric": choice("accuracy"), "lr": choice(1e-3)}).status == 0
+
+
+# --- images and checkpoints ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--download-dir {tmp}/empty", "has 0 class folders"),
+        ("--download-dir {tmp}/chest_xray --num-classes 3", "--num-classes is 3, but"),
+        ("--download-dir {tmp}/single", "class folder cat has 1 image"),
+        ("--download-dir {tmp}/split", "has other classes than train/"),
+        ("--num-classes 3", "the demo has 10 classes"),
+        ("--init-from {tmp}/x.pth.tar", "x.pth.tar is damaged or was not written by main_vit.py"),
+    ],
+)
+def test_images_and_checkpoints_are_looked_at(
+    check, data, make_images, tmp_path: Path, options: str, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.pth.tar").write_bytes(b"x" * 200)
+    make_images(tmp_path / "single", ["cat", "dog"], 1)
+    make_images(tmp_path / "split" / "train", ["cat", "dog"], 2)
+    make_images(tmp_path / "split" / "test", ["cat", "eel"], 2)
+    space = {"val_split": numbers("uniform", 0.1, 0.3), "lr": choice(1e-3, 1e-2)}
+    command = f"{COMMAND} {options.format(tmp=tmp_path)}"
+    result = check(trialCommand=command, searchSpace=space)
+    assert result.status == 2
+    (error,) = findings(result, "error")
+    assert message in error
+
+
 # --- without effect ------------------------------------------------------------------------------
 
 
@@ -295,6 +366,7 @@ def test_nested_space_is_judged_as_the_trial_does(check) -> None:
         ("--patch-size 4", {"patch-num": choice(2, 4)}, 0,
          "patch_num 2 and patch_size 4 contradict each other"),
         ("", {"momentum": choice(0.8, 0.9)}, 0, "momentum has no effect"),
+        ("--model-dir x", {"lr": choice(1e-3)}, 0, "--model-dir has no effect under NNI"),
         ("", {"lr": choice(1), "learning-rate": choice(2)}, 0, "has no effect: lr is the same"),
         ("", {"workers": choice(1, 2)}, 0, "workers has no effect on results"),
         ("", {"arch": choice("vit", "simple_vit"), "pool": choice("cls", "mean")}, 0,
@@ -327,11 +399,52 @@ def test_momentum_is_fine_where_some_trials_use_it(check) -> None:
         "python -m main_vit --request-from-nni",
         "python main_vit.py --request-from-nni \\\n  --epochs 2\n",
         f'exec python "{REPOSITORY}/main_vit.py" --request-from-nni > /dev/null 2>&1',
+        "cd $PWD/tests && cd ${PWD}/.. && " + COMMAND,
+        f"# it's a comment; exit\n{COMMAND} --cache-dir 'a # b' --cache-dir a#b # | tee 'x",
     ],
 )
 def test_ways_to_run_the_trial(check, command: str) -> None:
     result = check(trialCommand=command)
     assert (result.status, findings(result, "error")) == (0, [])
+    assert not findings(result, "warning")
+
+
+def test_a_script_below_the_home_folder(check, home: Path) -> None:
+    (home / "vit").unlink(missing_ok=True)
+    (home / "vit").symlink_to(REPOSITORY)
+    assert check(trialCommand="python ~/vit/main_vit.py --request-from-nni").status == 0
+    result = check(trialCommand="python ~/no/main_vit.py --request-from-nni")
+    assert findings(result, "error") == [f"trialCommand: {home}/no/main_vit.py does not exist"]
+
+
+@pytest.mark.parametrize(
+    ("command", "unclear"),
+    [
+        (COMMAND + " --epochs ${E:-3} --warmup-epochs 2", "epochs"),
+        (COMMAND + " --epochs=$(nproc --all)", "epochs"),
+        (COMMAND + ' --config "`cat file`"', "config"),
+        (COMMAND + " --lr $UNSET_OF_TEST --threads $((2 + 2))", "lr, threads"),
+        ("python main_vit.py $UNSET_OF_TEST", "a part of it"),
+        ("python $UNSET_OF_TEST/main_vit.py", "a part of it"),
+        ("exec $UNSET_OF_TEST --epochs 3", "a part of it"),
+    ],
+)
+def test_what_only_bash_knows_is_a_warning(check, command: str, unclear: str) -> None:
+    result = check(trialCommand=command)
+    assert (result.status, findings(result, "error")) == (0, [])
+    (warning,) = findings(result, "warning")
+    assert f"what bash will put in for {unclear} cannot be judged" in warning
+
+
+def test_what_only_bash_knows_makes_no_error_of_what_follows_from_it(check) -> None:
+    command = f"{COMMAND} --metric $(cat metric) --epochs ${{E:-60}}"
+    tuner = {"name": "TPE", "classArgs": {"optimize_mode": "minimize"}}
+    result = check(trialCommand=command, searchSpace={"warmup_epochs": choice(50)}, tuner=tuner)
+    assert (result.status, findings(result, "error")) == (0, [])
+    warnings = findings(result, "warning")
+    assert "warmup_epochs 50 is more than epochs 20" in warnings[1]
+    assert check(trialCommand=command.replace("$(cat metric)", "auc"), tuner=tuner).status == 2
+    assert check(trialCommand=f"{COMMAND} --epochs '$E'").status == 2  # which bash leaves as it is
 
 
 @pytest.mark.parametrize(
@@ -347,6 +460,8 @@ def test_ways_to_run_the_trial(check, command: str) -> None:
         (COMMAND + " --config nowhere.yml", "nowhere.yml cannot be read"),
         (COMMAND + " --resume x.pth.tar", "--init-from"),
         (COMMAND + " --gpu 64", "--gpu 64: torch sees"),
+        (COMMAND + " --check config.yml", "--check trains nothing"),
+        (COMMAND + " --download-dir $PWD/nowhere", f"{REPOSITORY}/nowhere does not exist"),
         (COMMAND + " 'x", "No closing quotation"),
     ],
 )
@@ -450,6 +565,8 @@ TUNERS = str(REPOSITORY / "tuners")
         ({"name": "GPTuner"}, "accuracy", "className: nni_tuners.GP"),
         ({"name": "Anneal"}, "accuracy", "className: anneal_tuner.Anneal"),
         ({"name": "SMAC"}, "accuracy", "className: smac_tuner.Smac"),
+        ({"name": "PBT"}, "accuracy", "className: pbt_tuner.PBT"),
+        ({"name": "PBTTuner"}, "accuracy", "className: pbt_tuner.PBT"),
         ({"className": "nni_tuners.Metis", "codeDirectory": str(REPOSITORY / "tuners")}, "accuracy",
          "Metis cannot search lr: it takes choice randint uniform quniform"),
         ({"name": "Hyperband"}, "accuracy", "issue 5263"),
@@ -490,6 +607,13 @@ def test_a_far_machine_need_not_have_our_files(check) -> None:
         ({"name": "Curvefitting", "classArgs": {"epoch_num": 9}}, "accuracy", None),
         ({"name": "Curvefitting", "classArgs": {"epoch_num": 9}}, "loss", "end the best trials"),
         ({"name": "Medianstopp"}, "accuracy", "no assessor of this name"),
+        (
+            {"name": "Medianstop", "classArgs": {"start_step": "3"}},
+            "accuracy",
+            "TypeError: '<' not",
+        ),
+        ({"className": "tpe_tuner.Tpe", "codeDirectory": TUNERS}, "accuracy", "not an Assessor"),
+        ({"className": "halving_assessor.Halving", "codeDirectory": TUNERS}, "accuracy", None),
     ],
 )
 def test_assessor(check, assessor: dict[str, Any], metric: str, message: str | None) -> None:
@@ -500,7 +624,28 @@ def test_assessor(check, assessor: dict[str, Any], metric: str, message: str | N
         trialCommand=f"{COMMAND} --metric {metric}",
     )
     assert result.status == (2 if message else 0)
-    assert all(message in text for text in findings(result, "error"))
+    errors = findings(result, "error")
+    assert len(errors) == bool(message) and all(message in text for text in errors)
+
+
+@pytest.mark.parametrize("epochs", [(3, 9), (9, 3)])
+def test_every_sample_is_tried_with_the_largest_budget(check, epochs: tuple[int, int]) -> None:
+    tuner = {"codeDirectory": TUNERS, "className": "hyperband_tuner.Hyperband"}
+    tuner["classArgs"] = {"optimize_mode": "maximize", "R": 9}
+    result = check(tuner=tuner, searchSpace={"epochs": choice(*epochs)})
+    assert result.status == 2
+    (error,) = findings(result, "error")
+    assert "stop_epoch (TRIAL_BUDGET) 9 is more than epochs 3" in error
+    tuner["classArgs"]["R"] = 3
+    result = check(tuner=tuner, searchSpace={"epochs": choice(*epochs)})
+    (warning,) = findings(result, "warning")
+    assert result.status == 0 and "largest budget 3 is less than epochs 9" in warning
+
+
+def test_the_folder_of_our_tuners_is_told_from_where_the_file_is(check, tmp_path: Path) -> None:
+    (error,) = findings(check(tuner={"name": "SMAC"}), "error")
+    folder = re.search(r"codeDirectory: (\S+)", error)[1]
+    assert (tmp_path / folder).samefile(TUNERS)
 
 
 @pytest.mark.parametrize(
@@ -638,6 +783,27 @@ def test_old_keys_that_nni_drops_are_pointed_out(check, data, tmp_path) -> None:
     assert result.status == 0
     (warning,) = findings(result, "warning")
     assert "maxTrialNums" in warning
+
+
+def test_repeated_keys_are_named(check, tmp_path: Path) -> None:
+    (tmp_path / "space.json").write_text(
+        '{\n\t"lr": {"_type": "choice", "_value": [1]},'
+        '\n\t"lr": {"_type": "choice", "_value": [0.1], "_value": [0.01]}\n}'
+    )
+    result = check(searchSpace=None, searchSpaceFile="space.json")
+    assert result.status == 0
+    names = [re.match(r"space.json has (\w+) 2 times", w)[1] for w in findings(result, "warning")]
+    assert names == ["lr", "_value"]
+
+
+def test_repeated_keys_of_the_experiment_are_named(check, run_main, tmp_path: Path) -> None:
+    check()
+    with (tmp_path / "config.yml").open("a") as file:
+        file.write("trialConcurrency: 2\n")
+    result = run_main("--check", tmp_path / "config.yml")
+    (warning,) = findings(result, "warning")
+    assert warning.startswith("config.yml has trialConcurrency 2 times")
+    assert result.status == 0 and "2 at a time" in result.stdout
 
 
 @pytest.mark.slow

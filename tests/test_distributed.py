@@ -20,9 +20,9 @@ import torch
 from nni_tools import REPOSITORY, Experiment, experiment, free_port, read_config
 from test_survival import TINY, differing
 
+import command_vit
 import data_vit
 import main_vit
-import nni_vit
 from utils_vit import load_checkpoint
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun")]
@@ -166,8 +166,8 @@ def test_parts_make_the_batch(ranks: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_torchrun_lets_signals_through() -> None:
     for command in ("torchrun --standalone main_vit.py", "torchrun -m main_vit --gpu 0"):
-        assert nni_vit.hides_signals(command) is None
-    assert nni_vit.hides_signals("torchrun -m main_vit; echo done") == "; echo done"
+        assert command_vit.hides_signals(command) is None
+    assert command_vit.hides_signals("torchrun -m main_vit; echo done") == "; echo done"
 
 
 # --- resumed, stopped, killed ------------------------------------------------------------------------

@@ -20,7 +20,8 @@ import requests
 from nni_tools import REPOSITORY, Experiment, experiment, free_port
 from test_survival import TINY
 
-from nni_vit import Trial, finite, hides_signals, trial_gpu
+from command_vit import hides_signals
+from nni_vit import Trial, finite, trial_gpu
 
 SPACE = {"a": {"_type": "uniform", "_value": [0, 1]}}
 

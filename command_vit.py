@@ -1,0 +1,125 @@
+"""A trialCommand, a line of bash: what of it main_vit.py is given, and what keeps signals from it."""
+
+import itertools
+import os
+import re
+import shlex
+from argparse import ArgumentParser
+from pathlib import Path
+
+from config_vit import Parser, UsageError
+
+COMMENT = re.compile(r"""(?P<kept>'[^']*'|"(\\.|[^"\\])*"|\\.)|(?<![^\s;&|()])#[^\n]*""", re.DOTALL)
+REDIRECTION = re.compile(r"(?<!\S)(&|\d*)[<>]+&?\s*[^\s;|&]+")  # "> log", "2>&1"
+# What bash takes as it stands, and what it computes: all but $NAME and ${NAME}.
+COMPUTED = re.compile(
+    r"(?P<literal>'[^']*'|\\.)|`[^`]*`|\$\(([^()]|\([^)]*\))*\)|\$\{\w*[^\w}][^}]*\}|\$[\d@*#?!$-]",
+    re.DOTALL,
+)
+UNKNOWN, DOLLAR = "\ue000", "\ue001"  # in place of what only bash will know, and of a $ that stays
+
+
+def without_comments(command: str) -> str:
+    """A word that begins with #, and the rest of its line, is a comment."""
+    return COMMENT.sub(lambda match: match["kept"] or "", command)
+
+
+def trial_arguments(command: str, folder: Path) -> tuple[Path, list[str]]:
+    """Where a trialCommand runs main_vit.py, and with what. Raises UsageError if it does not.
+
+    UNKNOWN is in the words that cannot be told from here, and a word by itself if that is the folder.
+    """
+
+    def literal(match: re.Match[str]) -> str:
+        return match["literal"].replace("$", DOLLAR) if match["literal"] else UNKNOWN
+
+    def filled_in(word: str) -> str:
+        values = {**os.environ, "PWD": str(now)}
+        word = re.sub(r"\$\{?(\w+)\}?", lambda match: values.get(match[1], UNKNOWN), word)
+        return word.replace(DOLLAR, "$")
+
+    plain = COMPUTED.sub(literal, without_comments(command))
+    plain = REDIRECTION.sub(" ", plain.replace("\\\n", " ").replace("\n", " ; "))
+    lexer = shlex.shlex(plain, posix=True, punctuation_chars=";&|()")
+    lexer.whitespace_split, lexer.commenters = True, ""
+    try:
+        words = [*lexer]
+    except ValueError as error:
+        raise UsageError(f"{error}: {command}") from None
+    now, unknown = folder, False
+    for _, group in itertools.groupby(words, lambda word: set(word) <= set(";&|()")):
+        part = [filled_in(word) for word in group]
+        if part[0] == "cd" and len(part) == 2:
+            now = now / os.path.expanduser(part[1])
+        for i, word in enumerate(part):
+            script = "main_vit.py" if part[max(i - 1, 0) : i + 1] == ["-m", "main_vit"] else word
+            if Path(script).name == "main_vit.py":
+                place = now / os.path.expanduser(script)
+                if UNKNOWN in str(place):
+                    return folder, [*part[i + 1 :], UNKNOWN]
+                if not os.path.isfile(place):
+                    raise UsageError(f"{place} does not exist")
+                return now, part[i + 1 :]
+            unknown |= UNKNOWN in word
+    if unknown and not any(word.endswith(".py") for word in words):
+        return folder, [UNKNOWN]
+    raise UsageError(f"it does not run main_vit.py: {command}")
+
+
+def known_arguments(argv: list[str], parser: Parser) -> tuple[list[str], set[str]]:
+    """`argv` less what bash has yet to put in, and the parameters that this sets; "" is any of them."""
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    known: list[str] = []
+    unclear = set()
+    for word in argv:
+        if UNKNOWN not in word:
+            known.append(word)
+            continue
+        option = word.partition("=")[0]
+        before = actions.get(known[-1]) if known and option not in actions else None
+        if before and before.nargs != 0:
+            option = known.pop()
+        unclear.add(actions[option].dest if option in actions else "")
+    return known, unclear
+
+
+def without_gpu(argv: list[str]) -> list[str]:
+    """`argv` less --gpu, which is about this machine: it should not hide what is wrong with samples."""
+    only_gpu = ArgumentParser(add_help=False, allow_abbrev=False)
+    only_gpu.add_argument("--gpu")
+    return only_gpu.parse_known_args(argv)[1]
+
+
+# --- what gets NNI's SIGINT -----------------------------------------------------------------------
+
+# torchrun passes the signal on to the processes that it started.
+PYTHON = re.compile(r"""(^|[/"'])(python[\d.]*|torchrun)["']?$|\.py["']?$""")
+SHELL = re.compile(r"""(^|/)(ba|da|z|k)?sh$|\.sh["']?$""")
+TOKEN = re.compile(
+    r"""(?P<redirection>&?\d*[<>]+(?!\()&?)|(?P<control>[;&|\n]+)|(?P<group>[()])"""
+    r"""|(?P<word>([$<>]\(([^()]|\([^)]*\))*\)|\\.|'[^']*'|"(\\.|[^"\\])*"|[^\s;&|<>()\\'"])+)""",
+    re.DOTALL,
+)
+
+
+def hides_signals(command: str) -> str | None:
+    """The part of a trialCommand that keeps NNI's SIGINT from Python, None if it gets through."""
+    # NNI signals bash, and only bash: Python gets it where bash turned into Python, which it does for
+    # the last command of a line if that stands plain, and for whatever is exec'ed.
+    command = without_comments(command).replace("\\\n", " ").strip().rstrip(";")
+    words: list[str] = []
+    hiding = after_python = None
+    for token in TOKEN.finditer(command):
+        rest = command[token.start() :]
+        if token["word"]:
+            words.append(token[0])
+        elif token["control"] and token[0] not in ("|", "|&", "&"):  # ; && || newline
+            if any(map(PYTHON.search, words)):
+                after_python = rest
+            words, hiding = [], None
+        elif not token["redirection"] or "exec" not in words:
+            hiding = hiding or rest
+    program = next((word for word in words if "=" not in word), "")
+    if SHELL.search(program) or program in ("time", "eval", "!"):
+        hiding = hiding or command[command.rindex(program) :]
+    return hiding or (None if any(map(PYTHON.search, words)) else after_python)
