@@ -288,7 +288,10 @@ def check_overridden(keys: dict[str, set[str]], given: dict[str, Any], found: Fi
     for name, parameters in keys.items():
         for parameter in sorted(parameters):
             if parameter in setters:
-                found.warnings.append(f"{setters[parameter]} has no effect: {name} is the same")
+                found.warnings.append(
+                    f"{parameter} is set by {setters[parameter]} and by {name}: where a sample has both, "
+                    f"the later one, {name}, counts"
+                )
             setters[parameter] = name
             if parameter in given:
                 found.warnings.append(

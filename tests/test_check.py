@@ -367,7 +367,7 @@ def test_images_and_checkpoints_are_looked_at(
          "patch_num 2 and patch_size 4 contradict each other"),
         ("", {"momentum": choice(0.8, 0.9)}, 0, "momentum has no effect"),
         ("--model-dir x", {"lr": choice(1e-3)}, 0, "--model-dir has no effect under NNI"),
-        ("", {"lr": choice(1), "learning-rate": choice(2)}, 0, "has no effect: lr is the same"),
+        ("", {"lr": choice(1), "learning-rate": choice(2)}, 0, "lr is set by learning-rate and by lr: where"),
         ("", {"workers": choice(1, 2)}, 0, "workers has no effect on results"),
         ("", {"arch": choice("vit", "simple_vit"), "pool": choice("cls", "mean")}, 0,
          "pool has no effect on arch simple_vit"),
