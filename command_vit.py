@@ -120,6 +120,6 @@ def hides_signals(command: str) -> str | None:
         elif not token["redirection"] or "exec" not in words:
             hiding = hiding or rest
     program = next((word for word in words if "=" not in word), "")
-    if SHELL.search(program) or program in ("time", "eval", "!"):
+    if SHELL.search(program) or program in ("time", "eval", "!", "flock"):
         hiding = hiding or command[command.rindex(program) :]
     return hiding or (None if any(map(PYTHON.search, words)) else after_python)

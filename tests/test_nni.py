@@ -273,6 +273,7 @@ COMMANDS = {  # trialCommand: what keeps the signal from Python
     "(python x.py)": "(python x.py)",
     "{ python x.py; }": "; }",
     "time python x.py": "time python x.py",
+    "flock lock python x.py": "flock lock python x.py",
     "cd . && bash run.sh": "bash run.sh",
     "bash run.sh": "bash run.sh",
     "./run.sh": "./run.sh",
