@@ -142,8 +142,8 @@ def load_newest(filename: Path) -> tuple[dict[str, Any], Path, str | None]:
     """The state to go on from at a checkpoint, its file, and what to say if that is another.
 
     If one of the run's own is damaged or missing that is the one before it, or the best. Either way it
-    is the best if that is of a later step, else the best would be of an epoch that the run does not know
-    of, and may not come to again. Raises CheckpointError.
+    is the best if that is of a later moment, else the best would be of an epoch that the run does not
+    know of, and may not come to again. Raises CheckpointError.
     """
     source, note = filename, None
     try:
@@ -161,9 +161,10 @@ def load_newest(filename: Path) -> tuple[dict[str, Any], Path, str | None]:
     file = filename.with_name(BEST)
     with suppress(CheckpointError):  # missing, or damaged, and then a better one may replace it
         best = load_checkpoint(file)
-        if best["step"] > state["step"]:
+        moments = [(one["step"], one["validated"]) for one in (best, state)]
+        if moments[0] > moments[1]:
             reason = (
-                note.partition(": going on")[0] if note else f"{filename} is of an earlier step"
+                note.partition(": going on")[0] if note else f"{filename} is of an earlier moment"
             )
             return best, file, f"{reason}: going on from {file}"
     return state, source, note

@@ -371,11 +371,13 @@ def test_a_run_goes_on_without_the_gpu_it_was_given(
     assert run_main("--resume", last, "--max-steps", 22).status == 0
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])  # a loss that falls: the epoch is the best
 def test_killed_between_the_line_of_an_epoch_and_its_checkpoint(
-    image_folder: Path, run_main: RunMain, read_lines, tmp_path: Path
+    metric: str, image_folder: Path, run_main: RunMain, read_lines, tmp_path: Path
 ) -> None:
     """The checkpoint before the last one is of that moment: all steps taken, nothing validated."""
-    argv = ["--download-dir", image_folder, *TINY, "--checkpoint-steps", "1", "--model-dir"]
+    argv = ["--download-dir", image_folder, *TINY, "--checkpoint-steps", "1", "--metric", metric]
+    argv += ["--model-dir"]
     for name in ("whole", "killed"):
         assert run_main(*argv, tmp_path / name).status == 0
     killed = tmp_path / "killed"
