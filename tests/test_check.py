@@ -445,6 +445,7 @@ def test_what_only_bash_knows_makes_no_error_of_what_follows_from_it(check) -> N
     assert "warmup_epochs 50 is more than epochs 20" in warnings[1]
     assert check(trialCommand=command.replace("$(cat metric)", "auc"), tuner=tuner).status == 2
     assert check(trialCommand=f"{COMMAND} --epochs '$E'").status == 2  # which bash leaves as it is
+    assert check(trialCommand=f"{COMMAND} --epochs $(nproc) --download-dir nowhere").status == 2
 
 
 @pytest.mark.parametrize(
