@@ -17,7 +17,7 @@ from typing import Any
 import distributed_vit
 from config_vit import differences, saved_parameters
 from data_vit import Data
-from options_vit import with_defaults
+from options_vit import make_parser
 from utils_vit import (
     BEST,
     LAST,
@@ -88,7 +88,7 @@ def check_whole(folder: Path, args: argparse.Namespace, data: Data) -> None:
     load_checkpoint(folder / BEST)
     if saved["args"]["epochs"] != args.epochs:
         raise CheckpointError(f"it had --epochs {saved['args']['epochs']}")
-    if changes := differences(with_defaults(saved["args"]), saved_parameters(args)):
+    if changes := differences(make_parser().with_defaults(saved["args"]), saved_parameters(args)):
         raise CheckpointError(f"it had other parameters: {changes}")
     images = (saved["classes"], saved["train_images"], saved.get("val_images", len(data.val)))
     if images != (data.classes, len(data.train), len(data.val)):
@@ -119,7 +119,7 @@ def continue_member(state: TrainingState, args: argparse.Namespace, data: Data) 
     if changes := differences(
         *(
             {name: p[name] for name in p.keys() - PBT_MAY_CHANGE - {"load_checkpoint_dir"}}
-            for p in (with_defaults(saved["args"]), saved_parameters(args))
+            for p in (make_parser().with_defaults(saved["args"]), saved_parameters(args))
         )
     ):
         raise CheckpointError(f"checkpoint {file} is of other parameters: {changes}")

@@ -32,9 +32,9 @@ from images_vit import (
     decode_again,
     decode_all,
     decode_here,
-    identity_problem,
     printable,
     quiet_pillow,
+    size_time_problem,
 )
 
 CACHE_FORMAT = 5  # to be raised when decoding or the file changes
@@ -57,7 +57,7 @@ class CachedPixels(Pixels):
         self.file, self.descriptor = file, descriptor
         self.checksums = np.zeros(0, "<u4")
         self.broken: dict[int, str] = {}
-        self.stats = np.zeros((0, 3), np.int64)  # size and times of the image files
+        self.stats = np.zeros((0, 2), np.int64)  # size and modification time of the image files
         self.verified = np.zeros(shape[0], bool)
         self.named: set[int] = set()
 
@@ -92,7 +92,7 @@ class CachedPixels(Pixels):
         path = self.images.path(row)
         if row in self.broken:
             image[:] = 0
-        elif identity_problem(str(path)) != (*self.stats[row], ""):
+        elif size_time_problem(str(path)) != (*self.stats[row], ""):
             raise ImageLost(
                 f"the cache {self.file} is damaged at {path}, which has changed since it was decoded: "
                 "start again"
@@ -119,10 +119,12 @@ def decode_folder(
 ) -> DecodedImages:
     """Decode every image once and, on "disk", keep the result in `cache_dir` for every later run.
 
-    The cache file belongs to the folder, its list of (path, size, times), the image size and channels. Of processes that need the same one at once, one builds it and the others wait. Nothing
-    is kept of files that could be listed, but then not read. With a `limit` in bytes, files that no
-    run has open make room, the least recently used first. "memory" decodes into this process's own;
-    "off" keeps nothing but what is broken. Raises DataError on what cannot be read, if the cache folder
+    The cache file belongs to the folder, its list of (path, size, modification time), the image size and
+    channels. (Two files that change places and agree in both are not noticed; the time of change would
+    tell, and would build it again after every copy of the folder.) Of processes that need the same one
+    at once, one builds it and the others wait. Nothing is kept of files that could be listed, but then
+    not read. With a `limit` in bytes, files that no run has open make room, the least recently used
+    first. "memory" decodes into this process's own; "off" keeps nothing but what is broken. Raises DataError on what cannot be read, if the cache folder
     cannot be written, or the disk, the limit or the memory has no room.
     """
     file, stats, problems = place_of(images, size, channels, cache_dir)
@@ -152,14 +154,14 @@ def decode_folder(
 def place_of(
     images: ImageFolder, size: int, channels: int, cache_dir: Path
 ) -> tuple[Path, np.ndarray, dict[int, str]]:
-    """The cache file that belongs to the images as they are now, each one's size and times int64
-    (images, 3), and why some cannot be read, by index.
+    """The cache file that belongs to the images as they are now, each one's size and modification time
+    int64 (images, 2), and why some cannot be read, by index.
     """
-    stats = np.empty((len(images.names), 3), np.int64)
+    stats = np.empty((len(images.names), 2), np.int64)
     problems = {}
     folder = str(images.folder)
     for i, name in enumerate(images.names):
-        *stats[i], problem = identity_problem(f"{folder}/{name}")
+        *stats[i], problem = size_time_problem(f"{folder}/{name}")
         if problem:
             problems[i] = problem
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, size, channels, problems]).encode())
@@ -379,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="as listed; all without one")
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", default=default_folder())
     args = parser.parse_args(argv)
-    args.cache_dir = args.cache_dir.expanduser()
+    args.cache_dir = Path(os.path.expanduser(args.cache_dir))
     if not args.cache_dir.is_dir() and args.cache_dir != default_folder():
         error = f"cache folder {args.cache_dir} does not exist"
         print(printable(f"cache_vit.py: error: {error}"), file=sys.stderr)

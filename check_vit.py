@@ -78,7 +78,8 @@ def check(file: Path, parser: Parser) -> int:
         if unclear:
             names = ", ".join(sorted(name or "a part of it" for name in unclear))
             found.warnings.append(
-                f"trialCommand: what bash will put in for {names} cannot be judged: the defaults are"
+                f"trialCommand: what bash will put in for {names} cannot be judged; the rest was, with the "
+                "defaults in its place"
             )
         if "" in unclear:
             given["request_from_nni"] = True  # it may be there

@@ -11,11 +11,12 @@ from config_vit import Parser, UsageError
 
 COMMENT = re.compile(r"""(?P<kept>'[^']*'|"(\\.|[^"\\])*"|\\.)|(?<![^\s;&|()])#[^\n]*""", re.DOTALL)
 REDIRECTION = re.compile(r"(?<!\S)(&|\d*)[<>]+&?\s*[^\s;|&]+")  # "> log", "2>&1"
-# What bash takes as it stands, and what it computes: all but $NAME and ${NAME}.
-COMPUTED = re.compile(
-    r"(?P<literal>'[^']*'|\\.)|`[^`]*`|\$\(([^()]|\([^)]*\))*\)|\$\{\w*[^\w}][^}]*\}|\$[\d@*#?!$-]",
-    re.DOTALL,
-)
+# What bash takes as it stands, and what it computes, but $NAME and ${NAME}; without and within "".
+WITHIN = r"\\.|`[^`]*`|\$\(([^()]|\([^)]*\))*\)|\$\{\w*[^\w}][^}]*\}|\$[\d@*#?!$-]"
+COMPUTED_WITHIN = re.compile(WITHIN, re.DOTALL)
+COMPUTED = re.compile(rf"""'[^']*'|"(?:\\.|[^"\\])*"|{WITHIN}""", re.DOTALL)
+# Set by bash itself, which this process does not have.
+OF_BASH = ("RANDOM", "SRANDOM", "SECONDS", "UID", "EUID", "PPID", "HOSTNAME", "OLDPWD")
 UNKNOWN, DOLLAR = "\ue000", "\ue001"  # in place of what only bash will know, and of a $ that stays
 
 
@@ -30,15 +31,23 @@ def trial_arguments(command: str, folder: Path) -> tuple[Path, list[str]]:
     UNKNOWN is in the words that cannot be told from here, and a word by itself if that is the folder.
     """
 
-    def literal(match: re.Match[str]) -> str:
-        return match["literal"].replace("$", DOLLAR) if match["literal"] else UNKNOWN
+    def as_bash(match: re.Match[str]) -> str:
+        text = match[0]
+        if text[0] == '"':
+            return f'"{COMPUTED_WITHIN.sub(as_bash, text[1:-1])}"'
+        return text.replace("$", DOLLAR) if text[0] in "'\\" else UNKNOWN
+
+    def variable(match: re.Match[str]) -> str:
+        name = match[1]
+        later = name in OF_BASH or name.startswith("NNI_") or re.search(rf"\b{name}=", command)
+        # One that nobody sets stays as it is, and is named in the error that this leads to.
+        values = {**os.environ, "PWD": str(now)}
+        return values.get(name, UNKNOWN if later else match[0])
 
     def filled_in(word: str) -> str:
-        values = {**os.environ, "PWD": str(now)}
-        word = re.sub(r"\$\{?(\w+)\}?", lambda match: values.get(match[1], UNKNOWN), word)
-        return word.replace(DOLLAR, "$")
+        return re.sub(r"\$\{?(\w+)\}?", variable, word).replace(DOLLAR, "$")
 
-    plain = COMPUTED.sub(literal, without_comments(command))
+    plain = COMPUTED.sub(as_bash, without_comments(command))
     plain = REDIRECTION.sub(" ", plain.replace("\\\n", " ").replace("\n", " ; "))
     lexer = shlex.shlex(plain, posix=True, punctuation_chars=";&|()")
     lexer.whitespace_split, lexer.commenters = True, ""
@@ -47,7 +56,7 @@ def trial_arguments(command: str, folder: Path) -> tuple[Path, list[str]]:
     except ValueError as error:
         raise UsageError(f"{error}: {command}") from None
     now, unknown = folder, False
-    for _, group in itertools.groupby(words, lambda word: set(word) <= set(";&|()")):
+    for _, group in itertools.groupby(words, lambda word: word != "" and set(word) <= set(";&|()")):
         part = [filled_in(word) for word in group]
         if part[0] == "cd" and len(part) == 2:
             now = now / os.path.expanduser(part[1])
@@ -120,6 +129,7 @@ def hides_signals(command: str) -> str | None:
         elif not token["redirection"] or "exec" not in words:
             hiding = hiding or rest
     program = next((word for word in words if "=" not in word), "")
-    if SHELL.search(program) or program in ("time", "eval", "!", "flock"):
+    waits = program == "flock" and not {"-F", "--no-fork"} & set(words)
+    if waits or SHELL.search(program) or program in ("time", "eval", "!"):
         hiding = hiding or command[command.rindex(program) :]
     return hiding or (None if any(map(PYTHON.search, words)) else after_python)

@@ -56,6 +56,12 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(f"{name} lacks a value")  # what argparse makes of --lr=--
         return given
 
+    def with_defaults(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """All parameters: those of a checkpoint, say, whose program did not have every option yet."""
+        defaults = {action.dest: action.default for action in self._actions}
+        del defaults["help"]
+        return defaults | parameters
+
     def unknown(self, name: str) -> UsageError:
         """The error for an option that there is not."""
         valid = sorted(o for action in self._actions for o in action.option_strings[-1:])
@@ -123,13 +129,12 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return convert
 
 
-def path(text: str) -> Path:
+def expanded_path(text: str) -> Path:
     """An argparse type: `~` is the home of the user."""
     if not text:  # a variable of the shell that is not set; Path makes the working directory of it
         raise argparse.ArgumentTypeError("an empty path")
-    return Path(
-        os.path.expanduser(text)
-    )  # Path's own raises where there is no such user, or no home
+    # Path's own raises where there is no such user, or no home.
+    return Path(os.path.expanduser(text))
 
 
 def resolve(
@@ -147,8 +152,7 @@ def resolve(
         given = what_still_holds(parameters, given) | given
     if "resume" in given:
         given = continue_given(parser, given)
-    defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
-    args = argparse.Namespace(**(defaults | given))
+    args = argparse.Namespace(**parser.with_defaults(given))
     derive(args, given)
     return args
 
@@ -172,7 +176,9 @@ def what_still_holds(file: dict[str, Any], given: dict[str, Any]) -> dict[str, A
         void.add("patch_num")
     if "download_dir" in given:
         void.add("num_classes")
-        if "download_dir" not in file:  # the demo's own, which would win over val/
+        if (
+            "download_dir" not in file and DEMO.items() <= file.items()
+        ):  # its own would win over val/
             void.add("val_split")
     # What is in the file as it follows from others there follows from what they are now.
     followed = {
@@ -220,10 +226,13 @@ def continue_given(parser: Parser, given: dict[str, Any]) -> dict[str, Any]:
     """What --resume continues: the parameters of the checkpoint, and those given that may change."""
     state, _, _ = utils_vit.load_newest(given["resume"])
     saved = parser.given_by(str(given["resume"]), state["args"])
+    if "init_from" in given:
+        given["init_from"] = given["init_from"].absolute()
     if given.get("init_from") not in (None, saved.get("init_from")):
         raise UsageError("--resume continues a run and --init-from starts one: give one of them")
     saved.pop("gpu", None)  # checkpoints of before 2026-11-26 have it
-    changes = differences(saved, {**saved, **given})
+    known = parser.with_defaults(saved)
+    changes = differences(known, known | given)
     if changes:
         raise UsageError(
             f"--resume continues a run with its own parameters, but given were: {changes}; "
@@ -273,7 +282,7 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise UsageError(
             f"warmup_epochs {args.warmup_epochs:g} is more than epochs {args.epochs}: give --epochs at "
-            f"least {math.ceil(args.warmup_epochs)}, or leave the warm-up out"
+            f"least {math.ceil(args.warmup_epochs)}"
         )
 
     check_budget(args)

@@ -145,23 +145,19 @@ def files_below(root: str, folder: str) -> Iterator[str]:
             yield name
 
 
-def identity_problem(path: str) -> tuple[int, int, int, str]:
-    """Size, times of modification and change, and why the file cannot be read, if so.
-
-    Two files that change places keep their modification times, and those of one archive may agree.
-    """
+def size_time_problem(path: str) -> tuple[int, int, str]:
+    """Size, modification time, and why the file cannot be read, if so; a pipe would block for ever."""
     try:
         status = os.stat(path)
     except OSError as error:  # a link to nowhere
-        return -1, -1, -1, error.strerror
-    if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
-        return -1, -1, -1, "not a regular file"
+        return -1, -1, error.strerror
+    if not stat.S_ISREG(status.st_mode):
+        return -1, -1, "not a regular file"
     # The second call costs as much as the first, and what everybody may read needs none.
     if status.st_mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
-        return -1, -1, -1, "Permission denied"
+        return -1, -1, "Permission denied"
     problem = f"file of {status.st_size:,} bytes" if status.st_size > LARGEST_FILE else ""
-    modified, changed = (ns % 2**63 for ns in (status.st_mtime_ns, status.st_ctime_ns))
-    return status.st_size, modified, changed, problem
+    return status.st_size, status.st_mtime_ns % 2**63, problem  # far dates have more digits
 
 
 def check_classes(images: ImageFolder, broken: dict[int, str]) -> None:
@@ -204,9 +200,12 @@ def decode_image(path: Path, size: int, channels: int) -> np.ndarray:
         if image.mode.startswith("I"):
             pixels = np.asarray(image)
             low, high = int(pixels.min()), int(pixels.max())
-            few_bits = image.mode == "I" and image.format == "TIFF" and 0 < high < 256
-            if low < 0 or high >= 2**16 or few_bits:
+            if low < 0 or high >= 2**16:
                 raise ValueError("32-bit or signed pixels have no defined range")
+            if image.mode == "I" and image.format == "TIFF" and 0 < high < 2**8:
+                raise ValueError(
+                    f"pixels of 32 bits up to {high} have no defined range: of 8 or of 16 bits"
+                )
             image = Image.fromarray((pixels >> 8).astype(np.uint8))
         elif image.mode == "F":
             raise ValueError("floating-point pixels have no defined range")

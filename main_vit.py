@@ -218,8 +218,8 @@ def one_epoch(
 ) -> tuple[dict[str, Any], bool]:
     """Train what is left of epoch number `state.epoch` (from 0) and validate; `state` then knows the best.
 
-    Returns the line of metrics.jsonl and whether the epoch is the best so far. One that --max-steps cuts
-    short is that only until there is a whole one: a run that goes on after it selects as one in one go.
+    Returns the line of metrics.jsonl and whether the epoch is the best so far. One that --max-steps cut
+    short gives way to any other: a run that goes on after it selects as one in one go.
     """
     line: dict[str, Any] = {"epoch": state.epoch + 1}
     line |= train(state, data.train, args, device, total_steps, after_step)
@@ -228,7 +228,7 @@ def one_epoch(
     steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
     is_whole = state.step % steps_per_epoch == 0
     name = f"val_{args.metric}"
-    if state.best is None or (is_whole and state.best["step"] % steps_per_epoch):
+    if state.best is None or state.best["step"] % steps_per_epoch:
         is_best = True
     else:
         is_best = is_whole and report_vit.improves(args.metric, line[name], state.best[name])

@@ -1,11 +1,9 @@
 """The command line of main_vit.py: every option, its range and its default."""
 
-from typing import Any
-
 import augment_vit
 import cache_vit
 import report_vit
-from config_vit import LEARNING_RATE, Parser, number, path
+from config_vit import LEARNING_RATE, Parser, expanded_path, number
 
 
 def make_parser() -> Parser:
@@ -18,7 +16,7 @@ def make_parser() -> Parser:
     positive, share = number(int, 1), number(float, 0, 1)
 
     add = parser.add_argument_group("data").add_argument
-    add("--download-dir", type=path, metavar="DIR", help="folder with train/ and, if there are, val/ and test/, or with class folders directly (default: the digits demo, written to ./dataset/digits)")
+    add("--download-dir", type=expanded_path, metavar="DIR", help="folder with train/ and, if there are, val/ and test/, or with class folders directly (default: the digits demo, written to ./dataset/digits)")
     add("--num-classes", type=number(int, 2), metavar="N", help="must be the number of class folders (default: that number)")
     add("-s", "--image-size", type=positive, metavar="PIXELS", help="images are resized to this square (default: 224; demo 16)")
     add("-ch", "--channel", type=int, choices=(1, 3), help="1 reads grey, 3 reads RGB (default: 3; demo 1)")
@@ -32,7 +30,7 @@ def make_parser() -> Parser:
     add("--mixup", type=number(float, 0, 100), metavar="ALPHA", default=0.0, help="blend training images and their targets in pairs, by shares from Beta(ALPHA, ALPHA); 0 for none (default: %(default)s)")
     add("--cutmix", type=number(float, 0, 100), metavar="ALPHA", default=0.0, help="the same by a box of the other image; with --mixup each image takes one of both (default: %(default)s)")
     add("--skip-broken", action="store_true", help="leave out images that cannot be decoded, instead of ending")
-    add("--cache-dir", type=path, metavar="DIR", help="where decoded images are kept for later runs (default: ~/.cache/vit-nni)")
+    add("--cache-dir", type=expanded_path, metavar="DIR", help="where decoded images are kept for later runs (default: ~/.cache/vit-nni)")
     add("--cache", choices=cache_vit.MODES, default="disk", help="keep decoded images on disk, for all runs, or in memory, for this one, or decode them in every epoch (default: %(default)s)")
     add("--cache-limit", type=number(float, 0, above=True), metavar="GB", help="most that --cache-dir may hold: what was not used for longest makes room (default: what the disk has)")
     add("--workers", type=number(int, 1, 1024), metavar="N", help="threads that decode images (default: the cores that this process may use; with --cache off --threads)")
@@ -53,7 +51,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("training").add_argument
     add("-e", "--epochs", type=positive, metavar="N", default=20, help="passes over the training images (default: %(default)s)")
     add("--TRIAL-BUDGET", "--stop-epoch", dest="stop_epoch", type=positive, metavar="N", help="end after this one of the --epochs, with their learning rates; Hyperband's TRIAL_BUDGET")
-    add("--max-steps", type=positive, metavar="N", help="end after this many optimizer steps, validate and save")
+    add("--max-steps", type=positive, metavar="N", help="end after this many optimizer steps, validate and save; an epoch cut short is selected only where there is no whole one")
     add("-b", "--batch-size", type=positive, metavar="N", default=32, help="images per step (default: %(default)s)")
     add("--optimizer", choices=tuple(LEARNING_RATE), default="adamw", help="(default: %(default)s)")
     add("--lr", "--learning-rate", type=number(float, 0, above=True), metavar="RATE", help="peak learning rate (default: 5e-4; sgd 2e-2, rmsprop 2e-4)")
@@ -76,22 +74,16 @@ def make_parser() -> Parser:
     add("--dont-adjust-learning-rate", action="store_true", help="the same as --scheduler constant")
 
     add = parser.add_argument_group("output, resume, NNI").add_argument
-    add("--model-dir", type=path, metavar="DIR", help="output folder, under NNI its own (default: runs/<time>-<seed>)")
+    add("--model-dir", type=expanded_path, metavar="DIR", help="output folder, under NNI its own (default: runs/<time>-<seed>)")
     add("--checkpoint-steps", type=positive, metavar="N", help="save every N steps too, not only after an epoch")
     add("--checkpoint-minutes", type=number(float, 0, above=True), metavar="T", help="save every T minutes too")
     add("--auto-resume", action="store_true", help="go on with the run that --model-dir holds, if any; always so under NNI")
-    add("--resume", type=path, metavar="FILE", help="continue the run of this checkpoint.pth.tar, in its folder")
-    add("--init-from", type=path, metavar="FILE", help="start a new run from the weights of this checkpoint")
-    add("--load-checkpoint-dir", type=path, metavar="DIR", help="of PBT: go on from the checkpoint in there, if any, for --epochs more")
-    add("--save-checkpoint-dir", type=path, metavar="DIR", help="of PBT: leave the checkpoint there too, at the end")
-    add("--config", type=path, metavar="FILE", help="YAML of parameters; the args.yaml of a run repeats it")
+    add("--resume", type=expanded_path, metavar="FILE", help="continue the run of this checkpoint.pth.tar, in its folder")
+    add("--init-from", type=expanded_path, metavar="FILE", help="start a new run from the weights of this checkpoint")
+    add("--load-checkpoint-dir", type=expanded_path, metavar="DIR", help="of PBT: go on from the checkpoint in there, if any, for --epochs more")
+    add("--save-checkpoint-dir", type=expanded_path, metavar="DIR", help="of PBT: leave the checkpoint there too, at the end")
+    add("--config", type=expanded_path, metavar="FILE", help="YAML of parameters; the args.yaml of a run repeats it")
     add("--request-from-nni", action="store_true", help="take parameters from NNI and report to it")
-    add("--check", type=path, metavar="FILE", help="check an NNI experiment (config.yml) and its search space, and end")
+    add("--check", type=expanded_path, metavar="FILE", help="check an NNI experiment (config.yml) and its search space, and end")
     # fmt: on
     return parser
-
-
-def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a checkpoint, with the defaults of options that its program did not have yet."""
-    defaults = vars(make_parser().parse_args([]))
-    return {name: value for name, value in defaults.items() if value is not None} | saved

@@ -27,7 +27,7 @@ import setup_vit
 import step_vit
 import utils_vit
 import vit
-from config_vit import ARCH_DEFAULTS, Parser, UsageError, model_sizes
+from config_vit import ARCH_DEFAULTS, Parser, UsageError, expanded_path, model_sizes
 from data_vit import Split, batches
 from images_vit import (
     IMAGE_EXTENSIONS,
@@ -36,10 +36,10 @@ from images_vit import (
     check_classes,
     decode_here,
     files_below,
-    identity_problem,
     not_decoded,
     printable,
     read_image_folder,
+    size_time_problem,
 )
 from options_vit import make_parser
 from utils_vit import CheckpointError
@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="predict_vit.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     # fmt: off
-    add("model", type=Path, help="model_best.pth.tar of a run")
-    add("images", type=Path, nargs="*", default=[], help="files, and folders with images at any depth: a line of CSV for each image, with the probability of every class")
-    add("--evaluate", type=Path, metavar="DIR", help="folder with the class folders of the training: prints what results.json says of test/")
-    add("--export", type=Path, metavar="FILE", help=".pt2 (torch.export) or .onnx: writes the model, from pixels, uint8 (batch, channels, size, size), to probabilities (batch, classes)")
+    add("model", type=expanded_path, help="model_best.pth.tar of a run")
+    add("images", type=expanded_path, nargs="*", default=[], help="files, and folders with images at any depth: a line of CSV for each image, with the probability of every class")
+    add("--evaluate", type=expanded_path, metavar="DIR", help="folder with the class folders of the training: prints what results.json says of test/")
+    add("--export", type=expanded_path, metavar="FILE", help=".pt2 (torch.export) or .onnx: writes the model, from pixels, uint8 (batch, channels, size, size), to probabilities (batch, classes)")
     # fmt: on
     try:
         args = parser.parse_args(argv)
@@ -126,7 +126,7 @@ class Classifier(nn.Module):
             part = slice(first, first + count)
             some = replace(images, names=images.names[part], targets=images.targets[part])
             shape = (len(some.names), channels, size, size)
-            problems = (identity_problem(str(some.path(i)))[-1] for i in range(shape[0]))
+            problems = (size_time_problem(str(some.path(i)))[-1] for i in range(shape[0]))
             known = {i: problem for i, problem in enumerate(problems) if problem}
             decoded = decode_here(some, shape, setup_vit.usable_cores(), "memory", known)
             split = Split(decoded.pixels, some.targets, np.arange(shape[0]))

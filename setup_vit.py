@@ -25,7 +25,7 @@ import step_vit
 import utils_vit
 import vit
 from config_vit import UsageError, differences, model_sizes, saved_parameters
-from options_vit import with_defaults
+from options_vit import make_parser
 from utils_vit import CheckpointError, TrainingState
 
 
@@ -107,11 +107,12 @@ def output_folder(
                 f"{folder} holds a run already: continue it with --resume {checkpoint} or "
                 "--auto-resume, or give --model-dir another folder"
             )
-        saved = with_defaults(utils_vit.load_newest(checkpoint)[0]["args"])
+        state = utils_vit.load_newest(checkpoint)[0]
+        saved = make_parser().with_defaults(state["args"])
         args.num_classes = args.num_classes or saved["num_classes"]
         if args.warmup_epochs == args.epochs / 10:  # not given: a longer run keeps its own
             args.warmup_epochs = saved.get("warmup_epochs")
-            if (args.warmup_epochs or 0) > args.epochs:
+            if (args.warmup_epochs or 0) > args.epochs > state["epoch"] + 1:  # not finished either
                 raise UsageError(
                     f"{folder} holds a run with a warm-up of {args.warmup_epochs:g} epochs: give --epochs "
                     "at least as many"

@@ -400,6 +400,7 @@ def test_momentum_is_fine_where_some_trials_use_it(check) -> None:
         "python main_vit.py --request-from-nni \\\n  --epochs 2\n",
         f'exec python "{REPOSITORY}/main_vit.py" --request-from-nni > /dev/null 2>&1',
         "cd $PWD/tests && cd ${PWD}/.. && " + COMMAND,
+        f"""echo "it's $HOME" '$'; {COMMAND} --cache-dir "$HOME/it's" --arch 'vit'""",
         f"# it's a comment; exit\n{COMMAND} --cache-dir 'a # b' --cache-dir a#b # | tee 'x",
     ],
 )
@@ -423,10 +424,10 @@ def test_a_script_below_the_home_folder(check, home: Path) -> None:
         (COMMAND + " --epochs ${E:-3} --warmup-epochs 2", "epochs"),
         (COMMAND + " --epochs=$(nproc --all)", "epochs"),
         (COMMAND + ' --config "`cat file`"', "config"),
-        (COMMAND + " --lr $UNSET_OF_TEST --threads $((2 + 2))", "lr, threads"),
-        ("python main_vit.py $UNSET_OF_TEST", "a part of it"),
-        ("python $UNSET_OF_TEST/main_vit.py", "a part of it"),
-        ("exec $UNSET_OF_TEST --epochs 3", "a part of it"),
+        (COMMAND + " --lr $NNI_TRIAL_JOB_ID --threads $((2 + 2))", "lr, threads"),
+        ("python main_vit.py $NNI_TRIAL_JOB_ID", "a part of it"),
+        ("python $NNI_TRIAL_JOB_ID/main_vit.py", "a part of it"),
+        ("exec $NNI_TRIAL_JOB_ID --epochs 3", "a part of it"),
     ],
 )
 def test_what_only_bash_knows_is_a_warning(check, command: str, unclear: str) -> None:
@@ -463,6 +464,8 @@ def test_what_only_bash_knows_makes_no_error_of_what_follows_from_it(check) -> N
         (COMMAND + " --gpu 64", "--gpu 64: torch sees"),
         (COMMAND + " --check config.yml", "--check trains nothing"),
         (COMMAND + " --download-dir $PWD/nowhere", f"{REPOSITORY}/nowhere does not exist"),
+        (COMMAND + " --download-dir $UNSET_OF_TEST", "UNSET_OF_TEST does not exist"),
+        (COMMAND + ' "" --bogus 3', "unknown parameter"),
         (COMMAND + " 'x", "No closing quotation"),
     ],
 )

@@ -562,3 +562,16 @@ def test_a_nested_choice_gives_its_parameters() -> None:
     sample = {"optimizer": {"_name": "sgd", "momentum": 0.5, "scheduler": inner}}
     args = main_vit.resolve(main_vit.make_parser(), [], sample)
     assert (args.optimizer, args.momentum, args.scheduler, args.gamma) == ("sgd", 0.5, "step", 0.5)
+
+
+def test_the_validation_of_a_config_holds_for_other_images_unless_it_is_the_demos(
+    tmp_path: Path,
+) -> None:
+    file, parser = tmp_path / "args.yaml", main_vit.make_parser()
+    for content, expected in (
+        ("val_split: 0.4", 0.4),
+        ("{image_size: 16, patch_size: 4, channel: 1, val_split: 0.2}", None),
+    ):
+        file.write_text(content)
+        args = resolve(parser, ["--config", str(file), "--download-dir", str(tmp_path)])
+        assert args.val_split == expected

@@ -128,6 +128,9 @@ def test_auto_resume_of_a_warm_up_that_is_longer_now(
     assert run_main(*argv, "--epochs", 100, "--max-steps", 3).status == 0
     result = run_main(*argv, "--epochs", 8)
     assert result.status == 2 and "a warm-up of 10 epochs: give --epochs at least" in result.stderr
+    assert run_main(*argv, "--epochs", 100, "--max-steps", 48).status == 0
+    result = run_main(*argv, "--epochs", 2)
+    assert result.status == 0 and "this run is finished" in result.stdout
 
 
 def test_auto_resume_of_what_an_older_program_began(
