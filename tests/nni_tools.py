@@ -48,6 +48,12 @@ class Experiment:
         command = [sys.executable, str(NNICTL), *args]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=90)
         output = done.stdout + done.stderr
+        if args[0] in ("create", "resume", "view") and "Expecting value: line 1" in output:
+            # On a busy machine nnictl may ask NNI's server before that has answers, and gives up.
+            for process in self.processes():
+                process.kill()
+            done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=90)
+            output = done.stdout + done.stderr
         assert done.returncode == 0 and "ERROR" not in output, output
         return output
 
