@@ -83,6 +83,17 @@ def train(image_folder: Path, tmp_path: Path, run_main: Callable[..., Any]) -> C
     return run
 
 
+def test_a_population_may_begin_with_weights(train, tmp_path: Path) -> None:
+    """Its first step is from --init-from, the next from what that left."""
+    assert train("weights", None, "--epochs", 1).status == 0
+    best, population = tmp_path / "trials/weights/model_best.pth.tar", tmp_path / "population"
+    options = ["--epochs", 1, "--init-from", best, "--load-checkpoint-dir", population]
+    first = train("first", None, *options, "--save-checkpoint-dir", population)
+    assert first.status == 0 and f"init-from {best}: all weights as they were" in first.stdout
+    second = train("second", None, *options)
+    assert "after epoch 1" in second.stdout and "init-from" not in second.stdout
+
+
 def test_a_promoted_trial_goes_on(train, tmp_path: Path, read_lines) -> None:
     """Epochs 1 to 2 in one trial and 3 to 4 in another give what 1 to 4 give; the first is as it was."""
     trials = tmp_path / "trials"

@@ -46,6 +46,21 @@ def failure(process: subprocess.Popen) -> str:
     return stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_log_that_nobody_takes_ends_no_run(
+    image_folder: Path, tmp_path: Path, home: Path
+) -> None:
+    """Its disk is full, or it went into a pipe that was closed: `| head -1`."""
+    command = [sys.executable, main_vit.__file__, *TINY.split(), "--epochs", "1"]
+    command += ["--download-dir", image_folder, "--model-dir", tmp_path / "run"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, env={**os.environ, "HOME": str(home)}, stdout=full, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "run" / "results.json").exists()
+
+
 # --- two processes ------------------------------------------------------------------------------------
 
 
