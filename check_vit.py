@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,12 @@ NO_RESULT = {"workers", "threads", "cache", "cache_dir", "cache_limit"}
 ABOUT_FILES = {"", "config", "download_dir", "num_classes", "val_split", "init_from"}
 
 
+@dataclass
 class Findings:
     """With an error the experiment cannot run, or not as it should; with a warning it can."""
 
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-        self.warnings: list[str] = []
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def check(file: Path, parser: Parser) -> int:
@@ -83,9 +84,8 @@ def check(file: Path, parser: Parser) -> int:
             )
         if "" in unclear:
             given["request_from_nni"] = True  # it may be there
-        if unclear - NO_RESULT:  # what the defaults cannot do, other values may
-            judged = Findings()
-            judged.errors = judged.warnings = found.warnings
+        if unclear - NO_RESULT:  # what the defaults cannot do, other values may: all are warnings
+            judged = Findings(found.warnings, found.warnings)
         check_command(config, given, parser, found)
         check_overridden(keys, given, found)
         with working_folder(folder):

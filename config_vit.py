@@ -176,9 +176,8 @@ def what_still_holds(file: dict[str, Any], given: dict[str, Any]) -> dict[str, A
         void.add("patch_num")
     if "download_dir" in given:
         void.add("num_classes")
-        if (
-            "download_dir" not in file and DEMO.items() <= file.items()
-        ):  # its own would win over val/
+        # The demo's own would win over val/.
+        if "download_dir" not in file and DEMO.items() <= file.items():
             void.add("val_split")
     # What is in the file as it follows from others there follows from what they are now.
     followed = {

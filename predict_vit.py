@@ -126,7 +126,7 @@ class Classifier(nn.Module):
             part = slice(first, first + count)
             some = replace(images, names=images.names[part], targets=images.targets[part])
             shape = (len(some.names), channels, size, size)
-            problems = (size_time_problem(str(some.path(i)))[-1] for i in range(shape[0]))
+            problems = (size_time_problem(str(some.path(i)))[2] for i in range(shape[0]))
             known = {i: problem for i, problem in enumerate(problems) if problem}
             decoded = decode_here(some, shape, setup_vit.usable_cores(), "memory", known)
             split = Split(decoded.pixels, some.targets, np.arange(shape[0]))

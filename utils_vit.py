@@ -161,8 +161,7 @@ def load_newest(filename: Path) -> tuple[dict[str, Any], Path, str | None]:
     file = filename.with_name(BEST)
     with suppress(CheckpointError):  # missing, or damaged, and then a better one may replace it
         best = load_checkpoint(file)
-        moments = [(one["step"], one["validated"]) for one in (best, state)]
-        if moments[0] > moments[1]:
+        if (best["step"], best["validated"]) > (state["step"], state["validated"]):
             reason = (
                 note.partition(": going on")[0] if note else f"{filename} is of an earlier moment"
             )
