@@ -37,7 +37,7 @@ from images_vit import (
     size_time_problem,
 )
 
-CACHE_FORMAT = 5  # to be raised when decoding or the file changes
+CACHE_FORMAT = 6  # to be raised when decoding or the file changes
 MODES = ("disk", "memory", "off")
 HEADER_LENGTH, TAIL_LENGTH = 128, 12  # bytes
 # Files of pixels and, while they are built, temporary ones. The folder may hold others that are not ours.
@@ -120,9 +120,10 @@ def decode_folder(
     """Decode every image once and, on "disk", keep the result in `cache_dir` for every later run.
 
     The cache file belongs to the folder, its list of (path, size, modification time), the image size and
-    channels. (Two files that change places and agree in both are not noticed; the time of change would
-    tell, and would build it again after every copy of the folder.) Of processes that need the same one
-    at once, one builds it and the others wait. Nothing is kept of files that could be listed, but then
+    channels; where no image has colour, it holds one channel, which stands for all. (Two files that
+    change places and agree in both are not noticed; the time of change would tell, and would build it
+    again after every copy of the folder.) Of processes that need the same one at once, one builds it and
+    the others wait. Nothing is kept of files that could be listed, but then
     not read. With a `limit` in bytes, files that no run has open make room, the least recently used
     first. "memory" decodes into this process's own; "off" keeps nothing but what is broken. Raises
     DataError on what cannot be read, if the cache folder cannot be written, or the disk, the limit or the
@@ -204,7 +205,7 @@ def _read_footer(descriptor: int) -> tuple[dict[str, Any], np.ndarray] | None:
             return None
         info = json.loads(os.pread(descriptor, text_length, start))
         shape = tuple(info["shape"])
-        begin = HEADER_LENGTH + int(np.prod(shape, dtype=object))
+        begin = HEADER_LENGTH + math.prod(shape)
         checksums = np.frombuffer(os.pread(descriptor, start - begin, begin), "<u4")
         whole = os.pread(descriptor, HEADER_LENGTH, 0) == make_header(shape)
         footer = make_footer(shape, checksums, info)
@@ -228,9 +229,11 @@ def _open_cache(
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         os.utime(descriptor)
     found = _read_footer(descriptor)
-    if found is None or found[0]["shape"] != list(shape):
+    if found is None or found[0]["shape"] not in (list(shape), [shape[0], 1, *shape[2:]]):
         return None
     info, pixels.checksums = found
+    pixels.shape = tuple(info["shape"])
+    pixels.nbytes = math.prod(pixels.shape)
     pixels.broken = {int(i): why for i, why in info["broken"].items()}
     pixels.stats = stats
     return pixels
@@ -249,7 +252,7 @@ def _build_cache(
     for dead in file.parent.glob(f"{file.stem}.*.tmp"):  # of one that had the lock and was killed
         with contextlib.suppress(OSError):  # another user's
             dead.unlink()
-    row_length = int(np.prod(shape[1:], dtype=object))
+    row_length = math.prod(shape[1:])
     # A name that nobody else can have put a link under, where the folder is open to others.
     temporary = file.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     descriptor = None
@@ -259,18 +262,18 @@ def _build_cache(
             descriptor = os.open(temporary, flags, 0o666)
             # Claim the disk space now, rather than fail after an hour of decoding.
             os.posix_fallocate(descriptor, 0, HEADER_LENGTH + shape[0] * row_length)
-        checksums = np.full(shape[0], zlib.crc32(bytes(row_length)), "<u4")
+        checksums = np.full(shape[0], zlib.crc32(bytes(math.prod(shape[2:]))), "<u4")
 
-        def keep(row: int, image: np.ndarray) -> None:
-            content = image.tobytes()
+        def keep(row: int, planes: np.ndarray) -> None:
+            content = planes.tobytes()
             checksums[row] = zlib.crc32(content)
             _write(descriptor, content, HEADER_LENGTH + row * row_length)
 
-        broken = decode_all(images, shape, workers, problems, keep)
-        info = {"folder": str(images.folder), "shape": shape, "broken": broken}
-        _write(descriptor, make_header(shape), 0)
-        footer = make_footer(shape, checksums, info)
-        _write(descriptor, footer, HEADER_LENGTH + shape[0] * row_length)
+        broken, grey = decode_all(images, shape, workers, problems, keep)
+        kept = _settle(descriptor, shape, grey, checksums)
+        info = {"folder": str(images.folder), "shape": kept, "broken": broken}
+        _write(descriptor, make_header(kept), 0)
+        _write(descriptor, make_footer(kept, checksums, info), HEADER_LENGTH + math.prod(kept))
         os.fsync(descriptor)
         with contextlib.suppress(OSError):  # so that nobody removes it before it is opened
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -280,6 +283,28 @@ def _build_cache(
         if descriptor is not None:
             os.close(descriptor)
         temporary.unlink(missing_ok=True)
+
+
+def _settle(
+    descriptor: int, shape: tuple[int, ...], grey: np.ndarray, checksums: np.ndarray
+) -> tuple[int, ...]:
+    """Make rows of one length: so far those without colour hold their first channel only.
+
+    Where none has colour this is all that is kept, else they get the others. Returns the shape of the file.
+    """
+    plane, row_length = math.prod(shape[2:]), math.prod(shape[1:])
+    for row in np.flatnonzero(grey).tolist() if shape[1] > 1 else ():
+        content = os.pread(descriptor, plane, HEADER_LENGTH + row * row_length)
+        if grey.all():
+            _write(descriptor, content, HEADER_LENGTH + row * plane)
+        else:
+            content *= shape[1]
+            checksums[row] = zlib.crc32(content)
+            _write(descriptor, content, HEADER_LENGTH + row * row_length)
+    if not grey.all():
+        return shape
+    os.ftruncate(descriptor, HEADER_LENGTH + shape[0] * plane)
+    return (shape[0], 1, *shape[2:])
 
 
 def _write(descriptor: int, content: bytes, place: int) -> None:

@@ -92,7 +92,10 @@ def make_digits(folder: Path = DEMO_FOLDER) -> Path:
 
 @dataclass(frozen=True)
 class Split:
-    """The images that one purpose sees: rows `indices` of `pixels`, with `targets[indices]`."""
+    """The images that one purpose sees: rows `indices` of `pixels`, with `targets[indices]`.
+
+    One channel stands for all where no image of the folder has colour, from here to the model.
+    """
 
     pixels: "Pixels | np.ndarray | Resident"  # uint8 (images, channels, size, size)
     targets: np.ndarray  # int64 (images,)
@@ -186,6 +189,7 @@ def open_data(
             check_classes(images, decoded.broken)
         broken += [f"{images.path(i)} ({why})" for i, why in sorted(decoded.broken.items())]
         size = f"{decoded.pixels.nbytes / 1e6:,.1f} MB"
+        size += ", grey" if decoded.pixels.shape[1] < channels else ""
         if cache == "off":
             notes.append(f"{images.folder} is decoded in every epoch (--cache off)")
         elif decoded.built:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import stat
 import threading
@@ -181,6 +182,11 @@ def decode_image(path: Path, size: int, channels: int) -> np.ndarray:
     counts. Raises OSError with an errno if the file cannot be read, MemoryError, and whatever Pillow
     raises if it cannot be decoded (OSError without one, SyntaxError, ValueError, ...).
     """
+    return np.broadcast_to(decode_planes(path, size, channels), (channels, size, size))
+
+
+def decode_planes(path: Path, size: int, channels: int) -> np.ndarray:
+    """As `decode_image`, but (1, size, size) where all channels are equal: of grey images, however stored."""
     mode = {1: "L", 3: "RGB"}[channels]
     # Read at once: Pillow and libtiff map files, and one cut short meanwhile would kill the process.
     content = BytesIO(path.read_bytes())
@@ -209,15 +215,25 @@ def decode_image(path: Path, size: int, channels: int) -> np.ndarray:
             image = Image.fromarray((pixels >> 8).astype(np.uint8))
         elif image.mode == "F":
             raise ValueError("floating-point pixels have no defined range")
-        transparent = image.has_transparency_data
-        between = "RGBA" if transparent else mode
-        if image.mode != between:
-            image = image.convert(between)
+        if image.has_transparency_data:
+            image = image.convert("RGBA").resize((size, size), Image.Resampling.BICUBIC)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode not in (mode, "L"):
+            image = image.convert(mode)
+        if image.mode == "RGB" and is_grey(image):
+            image = image.getchannel(0)
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-        if transparent:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image).convert(mode)
-    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether the three channels of an RGB image are equal."""
+    for top in range(0, image.height, 64):  # in strips: most with colour show it in the first
+        strip = image.crop((0, top, image.width, min(top + 64, image.height)))
+        red, green, blue = (channel.tobytes() for channel in strip.split())
+        if not red == green == blue:
+            return False
+    return True
 
 
 def quiet_pillow() -> None:
@@ -230,9 +246,9 @@ def quiet_pillow() -> None:
 
 
 def _decode(path: Path, size: int, channels: int) -> np.ndarray:
-    """`decode_image`, raising DataError if the file cannot be read and ValueError if not decoded."""
+    """`decode_planes`, raising DataError if the file cannot be read and ValueError if not decoded."""
     try:
-        return decode_image(path, size, channels)
+        return decode_planes(path, size, channels)
     except Exception as error:  # decoders raise nearly anything on broken bytes
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(
@@ -253,8 +269,12 @@ def decode_all(
     workers: int,
     problems: dict[int, str],
     keep: Callable[[int, np.ndarray], None],
-) -> dict[int, str]:
-    """Hand every image without a problem to `keep`; returns why the others could not be, by index."""
+) -> tuple[dict[int, str], np.ndarray]:
+    """Hand the planes of every image without a problem to `keep`.
+
+    Returns why the others could not be decoded, by index, and which rows have no colour, bool (images,).
+    """
+    grey = np.ones(shape[0], bool)
 
     def decode(row: int) -> str | None:
         try:
@@ -263,6 +283,7 @@ def decode_all(
             raise
         except ValueError as error:
             return str(error)
+        grey[row] = len(image) == 1
         keep(row, image)
         return None
 
@@ -289,7 +310,7 @@ def decode_all(
                         broken[row] = reason
     finally:
         pool.shutdown(cancel_futures=True)
-    return broken
+    return broken, grey
 
 
 def decode_again(path: Path, image: np.ndarray) -> None:
@@ -307,7 +328,7 @@ class Pixels:
 
     def __init__(self, images: ImageFolder, shape: tuple[int, ...]) -> None:
         self.images, self.shape = images, shape
-        self.nbytes = int(np.prod(shape, dtype=object))
+        self.nbytes = math.prod(shape)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -337,9 +358,12 @@ class DecodingPixels(Pixels):
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """All images of an `ImageFolder`, decoded: `pixels[i]` is uint8 (channels, size, size)."""
+    """All images of an `ImageFolder`, decoded: `pixels[i]` is uint8 (channels, size, size).
 
-    pixels: Pixels | np.ndarray  # (images, channels, size, size)
+    Where no image of the folder has colour, it is (1, size, size): one channel stands for all.
+    """
+
+    pixels: Pixels | np.ndarray  # (images, channels, size, size) or (images, 1, ...)
     broken: dict[int, str]  # index -> why it could not be decoded
     file: Path | None  # of the cache on disk
     built: bool  # by this process, just now
@@ -350,16 +374,26 @@ def decode_here(
 ) -> DecodedImages:
     """Decode into memory, or once to see what is broken."""
     if mode == "off":
-        broken = decode_all(images, shape, workers, problems, lambda row, image: None)
+        broken, grey = decode_all(images, shape, workers, problems, lambda row, image: None)
+        shape = (shape[0], 1, *shape[2:]) if grey.all() else shape
         return DecodedImages(DecodingPixels(images, shape, workers), broken, None, True)
-    needed, available = int(np.prod(shape, dtype=object)), available_memory()
+    needed, available = math.prod(shape), available_memory()
     if needed > available:
         raise DataError(
             f"--cache memory: the decoded images of {images.folder} take {needed / 1e9:,.2f} GB, and "
             f"{available / 1e9:,.2f} GB are free: leave it out, and they are kept on disk"
         )
     pixels = np.zeros(shape, np.uint8)
-    broken = decode_all(images, shape, workers, problems, pixels.__setitem__)
+
+    def keep(row: int, planes: np.ndarray) -> None:
+        pixels[row, : len(planes)] = planes
+
+    broken, grey = decode_all(images, shape, workers, problems, keep)
+    if grey.all():
+        pixels = pixels[:, :1]  # memory that was never written takes none
+    else:
+        for row in np.flatnonzero(grey):
+            pixels[row, 1:] = pixels[row, 0]
     return DecodedImages(pixels, broken, None, True)
 
 

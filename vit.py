@@ -139,7 +139,9 @@ class Transformer(nn.Module):
 class ViT(nn.Module):
     """Images (batch, channels, image_size, image_size) -> logits (batch, num_classes).
 
-    `pool` "cls" reads the class token; "mean" averages the patch tokens and has no class token.
+    One channel (batch, 1, image_size, image_size) stands for as many equal ones: images without colour
+    take a third of the embedding's arithmetic. `pool` "cls" reads the class token; "mean" averages the
+    patch tokens and has no class token.
     Raises ValueError when `image_size` is not a multiple of `patch_size` or `pool` is another word.
     """
 
@@ -203,15 +205,19 @@ class ViT(nn.Module):
         return self.head(x.mean(dim=1))  # of one token: of the class token alone
 
     def embed(self, patches: Tensor) -> Tensor:
-        """(batch, patches, patch_size * patch_size * channels) -> (batch, patches, dim)."""
+        """(batch, patches, patch_size * patch_size * channels, or of one) -> (batch, patches, dim)."""
         norm, linear = self.patch_norm, self.patch_embedding
-        if isinstance(norm, nn.Identity):
-            return linear(patches)
-        # The norm's scale and shift go into the weights, which are smaller than the patches: these
-        # need no gradient then.
-        patches = F.layer_norm(patches, norm.normalized_shape, eps=norm.eps)
-        bias = torch.addmv(linear.bias, linear.weight, norm.bias)
-        return F.linear(patches, linear.weight * norm.weight, bias)
+        weight, bias = linear.weight, linear.bias
+        if isinstance(norm, nn.LayerNorm):
+            # Its scale and shift go into the weights, which are smaller than the patches: these need
+            # no gradient then.
+            bias = torch.addmv(bias, weight, norm.bias)
+            weight = weight * norm.weight
+            patches = F.layer_norm(patches, patches.shape[-1:], eps=norm.eps)
+        if patches.shape[-1] < weight.shape[-1]:  # one channel stands for all, which have its norm
+            channels = weight.unflatten(-1, (patches.shape[-1], -1)).unbind(dim=-1)
+            weight = functools.reduce(torch.add, channels)  # twice as fast as their torch.sum
+        return F.linear(patches, weight, bias)
 
     def patches(self, images: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, patches, patch_size * patch_size * channels)."""
@@ -330,6 +336,9 @@ def build_model(arch: str, **arguments: int | float | str) -> nn.Module:
 
 def _construct(cls: type[nn.Module], arch: str, **arguments: int | float | str) -> nn.Module:
     model = cls(**arguments, **EXTRA_ARGUMENTS.get(arch, {}))
+    if cls is not ViT:  # which takes one channel for all as it is
+        channels = arguments.get("channels", 3)
+        model.register_forward_pre_hook(lambda _, inputs: inputs[0].expand(-1, channels, -1, -1))
     for name, table in [*vars(model).items()]:
         if isinstance(table, Tensor):  # simple_vit would send it to a GPU in every pass
             delattr(model, name)
