@@ -65,19 +65,46 @@ class Attention(nn.Module):
         self.out_dropout = nn.Dropout(0.0 if one_full_head else dropout)
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        if queries is None:
-            query, key, value = self.to_qkv(x).chunk(3, dim=-1)
-        else:
-            weight, bias = self.to_qkv.weight, self.to_qkv.bias
-            own, other = slice(len(weight) // 3), slice(len(weight) // 3, None)
-            query = F.linear(x[:, :queries], weight[own], bias if bias is None else bias[own])
-            rest = F.linear(x, weight[other], bias if bias is None else bias[other])
-            key, value = rest.chunk(2, dim=-1)
-        # (batch, tokens, heads * dim_head) -> (batch, heads, tokens, dim_head)
-        heads = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        out = attend(*heads, self.dropout if self.training else 0.0)
-        out = out.transpose(1, 2).flatten(2)  # (batch, queries, heads * dim_head)
+        out = self.of_all(x) if queries is None else self.of_first(x, queries)
         return self.out_dropout(self.to_out(out))
+
+    def of_all(self, x: Tensor) -> Tensor:
+        """What every token takes from all: (batch, tokens, dim) -> (batch, tokens, heads * dim_head)."""
+        # (batch, tokens, heads * dim_head) -> (batch, heads, tokens, dim_head)
+        heads = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.to_qkv(x).chunk(3, dim=-1)
+        )
+        out = attend(*heads, self.dropout if self.training else 0.0)
+        return out.transpose(1, 2).flatten(2)
+
+    def of_first(self, x: Tensor, queries: int) -> Tensor:
+        """What the first tokens take: (batch, tokens, dim) -> (batch, queries, heads * dim_head).
+
+        Keys and values of all tokens would be most of the work: q (W_k x) is computed as (q W_k) x, and
+        W_v stands before the sum over tokens in the same way.
+        """
+        batch, shape = x.shape[0], (3, self.heads, -1)  # len(x) is a constant to torch.export
+        query_weight, key_weight, value_weight = self.to_qkv.weight.unflatten(0, shape)
+        query = x[:, :queries].flatten(0, 1) @ query_weight.mT  # (heads, batch * queries, dim_head)
+        if self.to_qkv.bias is not None:
+            # That of the keys adds the same to all tokens, which softmax takes away.
+            query_bias, _, value_bias = self.to_qkv.bias.unflatten(0, (*shape, 1)).mT
+            query = query + query_bias
+        asked = regroup(query @ key_weight, batch)  # (batch, heads * queries, dim)
+        scale = key_weight.shape[1] ** -0.5
+        weights = torch.baddbmm(x.new_zeros(1), asked, x.mT, beta=0, alpha=scale).softmax(dim=-1)
+        weights = F.dropout(weights, self.dropout, self.training)
+        taken = regroup(weights @ x, self.heads)  # (heads, batch * queries, dim)
+        out = taken @ value_weight.mT
+        if self.to_qkv.bias is not None:  # as often as the weights add up to, 1 without dropout
+            out = out + regroup(weights.sum(dim=-1, keepdim=True), self.heads) * value_bias
+        return out.unflatten(1, (batch, queries)).permute(1, 2, 0, 3).flatten(2)
+
+
+def regroup(x: Tensor, groups: int) -> Tensor:
+    """(outer, groups * inner, dim) -> (groups, outer * inner, dim)."""
+    return x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
 
 
 FEW_TOKENS = 128

@@ -155,6 +155,29 @@ def test_the_last_block_computes_what_is_read() -> None:
     assert [shape[1] for shape in seen] == [17, 17, 1, 1]
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("queries", [1, 2, 9])
+def test_attention_of_the_first_tokens(queries: int, bias: bool) -> None:
+    """The same as that of all, with its gradients, and the same draws of dropout."""
+    module = Attention(dim=12, heads=3, dim_head=5, dropout=0.4, qkv_bias=bias)
+    fill(module, seed=2)
+    x = torch.randn(4, 9, 12, requires_grad=True)
+    found = []
+    for dropout in (0.0, 0.4):
+        if dropout and queries < 9:
+            continue  # fewer draws
+        module.dropout = dropout
+        for of in (module.of_all, lambda x: module.of_first(x, queries)):
+            torch.manual_seed(0)
+            module.zero_grad()
+            x.grad = None
+            out = of(x)[:, :queries]
+            out.square().sum().backward()
+            found.append([out, x.grad, *(p.grad for p in module.to_qkv.parameters())])
+    for expected, given in zip(found[::2], found[1::2], strict=True):
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_autocast_agrees_with_float32() -> None:
     model, images = ViT(**SMALL).eval(), torch.randn(8, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
