@@ -53,7 +53,7 @@ class CachedPixels(Pixels):
     def __init__(
         self, images: ImageFolder, shape: tuple[int, ...], file: Path, descriptor: int
     ) -> None:
-        super().__init__(images, shape)
+        super().__init__(images, shape, shape[1])
         self.file, self.descriptor = file, descriptor
         self.checksums = np.zeros(0, "<u4")
         self.broken: dict[int, str] = {}
@@ -99,7 +99,7 @@ class CachedPixels(Pixels):
             )
         else:
             quiet_pillow()
-            decode_again(path, image)
+            decode_again(path, self.channels, image)
         if row not in self.named:
             self.named.add(row)
             log.warning(printable(f"the cache {self.file} was damaged at {path}: decoded it again"))
@@ -123,7 +123,7 @@ def decode_folder(
     channels; where no image has colour, it holds one channel, which stands for all. (Two files that
     change places and agree in both are not noticed; the time of change would tell, and would build it
     again after every copy of the folder.) Of processes that need the same one at once, one builds it and
-    the others wait. Nothing is kept of files that could be listed, but then
+    the others wait. While it is built it takes the space of all channels. Nothing is kept of files that could be listed, but then
     not read. With a `limit` in bytes, files that no run has open make room, the least recently used
     first. "memory" decodes into this process's own; "off" keeps nothing but what is broken. Raises
     DataError on what cannot be read, if the cache folder cannot be written, or the disk, the limit or the
@@ -233,7 +233,6 @@ def _open_cache(
         return None
     info, pixels.checksums = found
     pixels.shape = tuple(info["shape"])
-    pixels.nbytes = math.prod(pixels.shape)
     pixels.broken = {int(i): why for i, why in info["broken"].items()}
     pixels.stats = stats
     return pixels
@@ -292,16 +291,16 @@ def _settle(
 
     Where none has colour this is all that is kept, else they get the others. Returns the shape of the file.
     """
-    plane, row_length = math.prod(shape[2:]), math.prod(shape[1:])
+    plane, row_length, all_grey = math.prod(shape[2:]), math.prod(shape[1:]), grey.all()
     for row in np.flatnonzero(grey).tolist() if shape[1] > 1 else ():
         content = os.pread(descriptor, plane, HEADER_LENGTH + row * row_length)
-        if grey.all():
+        if all_grey:
             _write(descriptor, content, HEADER_LENGTH + row * plane)
         else:
             content *= shape[1]
             checksums[row] = zlib.crc32(content)
             _write(descriptor, content, HEADER_LENGTH + row * row_length)
-    if not grey.all():
+    if not all_grey:
         return shape
     os.ftruncate(descriptor, HEADER_LENGTH + shape[0] * plane)
     return (shape[0], 1, *shape[2:])

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import math
 import os
@@ -29,7 +30,7 @@ IMAGE_EXTENSIONS = {
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
 LARGEST_FILE = 2**30  # bytes; Pillow refuses more than 179 million pixels
 LARGE_IMAGE = 2**24  # pixels
-_large_images = threading.Lock()  # decoded one at a time: 8 bytes a pixel, 1.4 GB at most
+_large_images = threading.Lock()  # decoded one at a time: up to 12 bytes a pixel, 2.2 GB
 
 
 class DataError(ValueError):
@@ -186,7 +187,7 @@ def decode_image(path: Path, size: int, channels: int) -> np.ndarray:
 
 
 def decode_planes(path: Path, size: int, channels: int) -> np.ndarray:
-    """As `decode_image`, but (1, size, size) where all channels are equal: of grey images, however stored."""
+    """As `decode_image`, but (1, size, size) of an image without colour, however it is stored."""
     mode = {1: "L", 3: "RGB"}[channels]
     # Read at once: Pillow and libtiff map files, and one cut short meanwhile would kill the process.
     content = BytesIO(path.read_bytes())
@@ -313,10 +314,16 @@ def decode_all(
     return broken, grey
 
 
-def decode_again(path: Path, image: np.ndarray) -> None:
-    """Fill `image` (channels, size, size). Raises ImageLost; at the start the file could be decoded."""
+def decode_again(path: Path, channels: int, image: np.ndarray) -> None:
+    """Fill `image` (channels, size, size), or (1, size, size) if it had no colour at the start.
+
+    Raises ImageLost if it has by now, or cannot be decoded any more.
+    """
     try:
-        image[:] = _decode(path, image.shape[1], image.shape[0])
+        planes = _decode(path, image.shape[1], channels)
+        if len(planes) > len(image):
+            raise DataError(f"{path} has got colour since the start: start again")
+        image[:] = planes
     except DataError as error:
         raise ImageLost(str(error)) from None
     except ValueError as error:
@@ -326,9 +333,13 @@ def decode_again(path: Path, image: np.ndarray) -> None:
 class Pixels:
     """Decoded images that are read when they are needed, as uint8 (images, channels, size, size)."""
 
-    def __init__(self, images: ImageFolder, shape: tuple[int, ...]) -> None:
-        self.images, self.shape = images, shape
-        self.nbytes = math.prod(shape)
+    def __init__(self, images: ImageFolder, shape: tuple[int, ...], channels: int) -> None:
+        """`channels` are those that were asked for; one stands for all where none has colour."""
+        self.images, self.shape, self.channels = images, shape, channels
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -348,12 +359,15 @@ class Pixels:
 class DecodingPixels(Pixels):
     """Images decoded whenever they are read, by several threads."""
 
-    def __init__(self, images: ImageFolder, shape: tuple[int, ...], workers: int) -> None:
-        super().__init__(images, shape)
+    def __init__(
+        self, images: ImageFolder, shape: tuple[int, ...], channels: int, workers: int
+    ) -> None:
+        super().__init__(images, shape, channels)
         self.pool = ThreadPoolExecutor(workers)
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        list(self.pool.map(decode_again, map(self.images.path, rows.tolist()), out))
+        paths = map(self.images.path, rows.tolist())
+        list(self.pool.map(decode_again, paths, itertools.repeat(self.channels), out))
 
 
 @dataclass(frozen=True)
@@ -372,11 +386,12 @@ class DecodedImages:
 def decode_here(
     images: ImageFolder, shape: tuple[int, ...], workers: int, mode: str, problems: dict[int, str]
 ) -> DecodedImages:
-    """Decode into memory, or once to see what is broken."""
+    """Decode into memory, or once to see what is broken; `shape` has the channels that are asked for."""
+    one_channel = (shape[0], 1, *shape[2:])
     if mode == "off":
-        broken, grey = decode_all(images, shape, workers, problems, lambda row, image: None)
-        shape = (shape[0], 1, *shape[2:]) if grey.all() else shape
-        return DecodedImages(DecodingPixels(images, shape, workers), broken, None, True)
+        broken, grey = decode_all(images, shape, workers, problems, lambda row, planes: None)
+        kept = one_channel if grey.all() else shape
+        return DecodedImages(DecodingPixels(images, kept, shape[1], workers), broken, None, True)
     needed, available = math.prod(shape), available_memory()
     if needed > available:
         raise DataError(
@@ -384,16 +399,13 @@ def decode_here(
             f"{available / 1e9:,.2f} GB are free: leave it out, and they are kept on disk"
         )
     pixels = np.zeros(shape, np.uint8)
-
-    def keep(row: int, planes: np.ndarray) -> None:
-        pixels[row, : len(planes)] = planes
-
-    broken, grey = decode_all(images, shape, workers, problems, keep)
-    if grey.all():
-        pixels = pixels[:, :1]  # memory that was never written takes none
-    else:
-        for row in np.flatnonzero(grey):
-            pixels[row, 1:] = pixels[row, 0]
+    broken, grey = decode_all(images, shape, workers, problems, pixels.__setitem__)
+    if grey.all() and shape[1] > 1:
+        close_ranks = pixels.reshape(-1, 1, *shape[2:])
+        for row in range(shape[0]):
+            close_ranks[row] = pixels[row, :1]  # never over a row that is still to come
+        del close_ranks
+        pixels.resize(one_channel, refcheck=False)  # gives the rest back
     return DecodedImages(pixels, broken, None, True)
 
 

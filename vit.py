@@ -91,20 +91,21 @@ class Attention(nn.Module):
             # That of the keys adds the same to all tokens, which softmax takes away.
             query_bias, _, value_bias = self.to_qkv.bias.unflatten(0, (*shape, 1)).mT
             query = query + query_bias
-        asked = regroup(query @ key_weight, batch)  # (batch, heads * queries, dim)
+        asked = regroup(query @ key_weight, batch, queries)  # (batch, heads * queries, dim)
         scale = key_weight.shape[1] ** -0.5
         weights = torch.baddbmm(x.new_zeros(1), asked, x.mT, beta=0, alpha=scale).softmax(dim=-1)
         weights = F.dropout(weights, self.dropout, self.training)
-        taken = regroup(weights @ x, self.heads)  # (heads, batch * queries, dim)
+        taken = regroup(weights @ x, self.heads, queries)  # (heads, batch * queries, dim)
         out = taken @ value_weight.mT
         if self.to_qkv.bias is not None:  # as often as the weights add up to, 1 without dropout
-            out = out + regroup(weights.sum(dim=-1, keepdim=True), self.heads) * value_bias
+            sums = weights.sum(dim=-1, keepdim=True)
+            out = out + regroup(sums, self.heads, queries) * value_bias
         return out.unflatten(1, (batch, queries)).permute(1, 2, 0, 3).flatten(2)
 
 
-def regroup(x: Tensor, groups: int) -> Tensor:
+def regroup(x: Tensor, groups: int, inner: int) -> Tensor:
     """(outer, groups * inner, dim) -> (groups, outer * inner, dim)."""
-    return x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+    return x.unflatten(1, (groups, inner)).transpose(0, 1).flatten(1, 2)
 
 
 FEW_TOKENS = 128
@@ -241,7 +242,9 @@ class ViT(nn.Module):
             bias = torch.addmv(bias, weight, norm.bias)
             weight = weight * norm.weight
             patches = F.layer_norm(patches, patches.shape[-1:], eps=norm.eps)
-        if patches.shape[-1] < weight.shape[-1]:  # one channel stands for all, which have its norm
+        if (
+            patches.shape[-1] == self.patch_size**2 < weight.shape[-1]
+        ):  # one channel stands for all, which have its norm
             channels = weight.unflatten(-1, (patches.shape[-1], -1)).unbind(dim=-1)
             weight = functools.reduce(torch.add, channels)  # twice as fast as their torch.sum
         return F.linear(patches, weight, bias)
@@ -365,7 +368,7 @@ def _construct(cls: type[nn.Module], arch: str, **arguments: int | float | str) 
     model = cls(**arguments, **EXTRA_ARGUMENTS.get(arch, {}))
     if cls is not ViT:  # which takes one channel for all as it is
         channels = arguments.get("channels", 3)
-        model.register_forward_pre_hook(lambda _, inputs: inputs[0].expand(-1, channels, -1, -1))
+        model.register_forward_pre_hook(functools.partial(to_channels, channels))
     for name, table in [*vars(model).items()]:
         if isinstance(table, Tensor):  # simple_vit would send it to a GPU in every pass
             delattr(model, name)
@@ -375,6 +378,11 @@ def _construct(cls: type[nn.Module], arch: str, **arguments: int | float | str) 
             net = feed_forward.fn.fn.net
             net[0] = ChannelNorm(net[0])
     return model
+
+
+def to_channels(channels: int, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """The images with one channel that stands for all repeated, without a copy."""
+    return inputs[0].expand(-1, channels, -1, -1)
 
 
 class ChannelNorm(nn.Module):

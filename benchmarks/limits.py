@@ -124,10 +124,8 @@ def data_share(
         found = setup_vit.open_data(args)  # and keeps the file open
     target_device = next(state.model.parameters()).device
     steps = min(steps, len(found.train) // args.batch_size)
-    shape = (
-        args.batch_size,
-        *found.train.pixels.shape[1:],
-    )  # one channel, as they, if they are grey
+    # Of images without colour both have one channel.
+    shape = (args.batch_size, *found.train.pixels.shape[1:])
     images = torch.rand(shape, device=target_device) * 2 - 1
     targets = torch.arange(args.batch_size, device=target_device) % args.num_classes
 

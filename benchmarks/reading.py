@@ -2,7 +2,7 @@
 
 python benchmarks/reading.py --data chest_xray_fullsize [--image-size 224] [--repeats 5]
 
-Both give the same uint8 batches of 32 in one shuffled order, one by one thread. "Pillow" is `Image.open`,
+Both give uint8 batches of 32 of the same images in one shuffled order, one by one thread. "Pillow" is `Image.open`,
 `convert` and `resize` of the whole image; "Pillow, draft" decodes as the cache is built: libjpeg at a fraction of
 the size, and one channel of images without colour, of which the cache has only one. "first" is the first epoch
 of a process, in which the checksum of each image is compared.

@@ -1,6 +1,7 @@
 """Images without colour: one channel is kept for all of them, and stands for as many in the model."""
 
 import json
+import pickle
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 import images_vit
 from cache_vit import MODES, decode_folder
-from images_vit import DecodedImages, decode_image, read_image_folder
+from images_vit import DataError, DecodedImages, decode_image, decode_planes, read_image_folder
 from vit import ViT, build_model
 
 RUN = [
@@ -26,7 +27,7 @@ EVERY_AUGMENTATION = [
 # How files store what has no colour.
 STORED = {
     "L": "png", "RGB": "png", "1": "png", "P": "png", "LA": "png", "RGBA": "png", "I;16": "png",
-    "CMYK": "tif", "YCbCr": "jpg",
+    "CMYK": "tif", "YCbCr": "jpg", "LAB": "tif",
 }  # fmt: skip
 
 
@@ -34,6 +35,9 @@ def as_stored(pixels: np.ndarray, mode: str) -> Image.Image:
     if mode == "I;16":
         return Image.fromarray(pixels.astype(np.uint16) * 256)
     image = Image.fromarray(pixels)
+    if mode == "LAB":
+        neutral = Image.new("L", image.size, 128)  # whose RGB is rounded to equal channels at these
+        return Image.merge("LAB", (image.point(lambda v: 60 if v < 120 else 180), neutral, neutral))
     if mode == "LA":
         image.putalpha(Image.fromarray(pixels[::-1].copy()))
         return image
@@ -42,9 +46,9 @@ def as_stored(pixels: np.ndarray, mode: str) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """train/ with two classes of 27 images, dark and light, in every kind of file, and test/ with 9."""
+    """train/ with two classes of 27 images, dark and light, in every kind of file, and test/ with 10."""
     generator = np.random.default_rng(0)
-    for split, count in (("train", 27), ("test", 9)):
+    for split, count in (("train", 27), ("test", 10)):
         for level, name in ((60, "dark"), (180, "light")):
             place = tmp_path / "images" / split / name
             place.mkdir(parents=True)
@@ -72,6 +76,8 @@ def test_one_channel_is_kept_of_grey_images(mode: str, folder: Path) -> None:
     decoded = decode(folder / "train", mode)
     assert decoded.pixels.shape == (54, 1, 8, 8) and decoded.pixels.nbytes == 54 * 64
     assert_same_images(folder / "train", decoded)
+    if mode == "memory":
+        assert decoded.pixels.flags.c_contiguous and decoded.pixels.base is None
     if mode == "disk":
         array = np.load(decoded.file, mmap_mode="r")
         assert np.array_equal(array, decoded.pixels[:])
@@ -94,6 +100,24 @@ def test_a_single_colour_is_enough_for_all_channels(mode: str, stored: str, fold
         assert not decoded.pixels[0].any()
         rows = np.load(decoded.file)
         assert [zlib.crc32(row) for row in rows] == decoded.pixels.checksums.tolist()
+
+
+@pytest.mark.parametrize("row", [0, 63, 64, 127, 128, 199])
+def test_colour_is_seen_in_every_row(row: int, tmp_path: Path) -> None:
+    image = Image.new("RGB", (30, 200), "gray")
+    image.save(tmp_path / "grey.png")
+    image.putpixel((29, row), (128, 128, 129))
+    image.save(tmp_path / "coloured.png")
+    shapes = [len(decode_planes(tmp_path / f"{name}.png", 8, 3)) for name in ("grey", "coloured")]
+    assert shapes == [1, 3]
+
+
+def test_an_image_that_gets_colour_ends_a_run_that_decodes_again(folder: Path) -> None:
+    decoded = decode(folder / "train", "off")
+    path = read_image_folder(folder / "train").path(5)
+    Image.new("RGB", (12, 12), "red").save(path, format="PNG")
+    with pytest.raises(DataError, match=f"{path.name} has got colour since the start"):
+        decoded.pixels[5]
 
 
 def test_the_cache_of_grey_images_mends_itself(folder: Path) -> None:
@@ -141,7 +165,10 @@ def test_every_architecture_takes_one_channel_for_all(arch: str) -> None:
         arch, image_size=16, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=32
     ).eval()
     images = torch.rand(4, 1, 16, 16)
-    torch.testing.assert_close(model(images), model(images.repeat(1, 3, 1, 1)))
+    expected = model(images.repeat(1, 3, 1, 1))
+    torch.testing.assert_close(model(images), expected)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(images), model(images))
 
 
 def lines_of(run: Path) -> list[dict[str, float]]:

@@ -152,7 +152,7 @@ def test_auto_resume_of_what_an_older_program_began(
 
 @pytest.mark.parametrize(
     ("options", "selected"),
-    [("--lr=3e-3", 2), ("--lr=1e-9 --optimizer=sgd", 1)],
+    [("--lr=3e-3", 2), ("--lr=1e-30 --optimizer=sgd", 1)],
     ids=["falls", "stays"],
 )
 def test_an_epoch_cut_short_is_not_selected_when_the_run_goes_on(

@@ -145,14 +145,16 @@ def test_attention_in_bfloat16_on_the_cpu(shape: tuple[int, ...]) -> None:
 
 def test_the_last_block_computes_what_is_read() -> None:
     model = ViT(**SMALL)
-    seen = []
+    seen, products = [], []
     for attention, feed_forward in model.transformer.layers:
+        attention.fn.to_qkv.register_forward_hook(lambda *_: products.append("of all tokens"))
         attention.fn.to_out.register_forward_hook(
             lambda _, inputs, __: seen.append(inputs[0].shape)
         )
         feed_forward.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     model(torch.randn(5, 3, 16, 16))
-    assert [shape[1] for shape in seen] == [17, 17, 1, 1]
+    assert [shape[1] for shape in seen] == [17, 17, 1, 1] and len(products) == 1
+    assert model(torch.randn(0, 3, 16, 16)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("bias", [False, True])
