@@ -123,11 +123,11 @@ def decode_folder(
     channels; where no image has colour, it holds one channel, which stands for all. (Two files that
     change places and agree in both are not noticed; the time of change would tell, and would build it
     again after every copy of the folder.) Of processes that need the same one at once, one builds it and
-    the others wait. While it is built it takes the space of all channels. Nothing is kept of files that could be listed, but then
-    not read. With a `limit` in bytes, files that no run has open make room, the least recently used
-    first. "memory" decodes into this process's own; "off" keeps nothing but what is broken. Raises
-    DataError on what cannot be read, if the cache folder cannot be written, or the disk, the limit or the
-    memory has no room.
+    the others wait. While it is built it takes the space of all channels. Nothing is kept of files that
+    could be listed, but then not read. With a `limit` in bytes, files that no run has open make room, the
+    least recently used first. "memory" decodes into this process's own; "off" keeps nothing but what is
+    broken. Raises DataError on what cannot be read, if the cache folder cannot be written, or the disk,
+    the limit or the memory has no room.
     """
     file, stats, problems = place_of(images, size, channels, cache_dir)
     shape = (len(images.names), channels, size, size)

@@ -242,9 +242,8 @@ class ViT(nn.Module):
             bias = torch.addmv(bias, weight, norm.bias)
             weight = weight * norm.weight
             patches = F.layer_norm(patches, patches.shape[-1:], eps=norm.eps)
-        if (
-            patches.shape[-1] == self.patch_size**2 < weight.shape[-1]
-        ):  # one channel stands for all, which have its norm
+        if patches.shape[-1] == self.patch_size**2 < weight.shape[-1]:
+            # One channel stands for all; their common norm is its own.
             channels = weight.unflatten(-1, (patches.shape[-1], -1)).unbind(dim=-1)
             weight = functools.reduce(torch.add, channels)  # twice as fast as their torch.sum
         return F.linear(patches, weight, bias)

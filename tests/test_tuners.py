@@ -56,7 +56,7 @@ TUNERS = {  # classArgs, search space, number of suggestions
     "nni_tuners.GridSearch": ({}, ALL, 200),
     "nni_tuners.GP": (GP, NUMBERS, 12),
     "nni_tuners.Metis": (METIS, LINEAR, 6),
-    "dngo_tuner.Dngo": (DNGO, NUMBERS, 60),
+    "dngo_tuner.Dngo": (DNGO, NUMBERS, 30),
     "smac_tuner.Smac": ({"startup_trials": 5}, ALL, 15),
 }
 UNUSABLE = [math.nan, math.inf, "1.0", None, {"accuracy": 1.0}, {"default": None}, True, [1]]
