@@ -512,6 +512,7 @@ def test_a_damaged_cache_file_is_built_again(image_folder: Path) -> None:
 # --- the demo ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_digits_written_by_two_processes_at_once(tmp_path: Path) -> None:
     code = """if True:
         import sys

@@ -97,6 +97,7 @@ def test_two_ranks_give_what_one_process_gives(
     assert_close(whole, two)
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_from_one_rank(environment: dict[str, str], tmp_path: Path) -> None:
     command = [*TWO, MAIN, "--download-dir", str(tmp_path / "nowhere")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

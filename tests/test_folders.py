@@ -46,6 +46,7 @@ def failure(process: subprocess.Popen) -> str:
     return stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_log_that_nobody_takes_ends_no_run(
     image_folder: Path, tmp_path: Path, home: Path

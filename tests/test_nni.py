@@ -357,6 +357,7 @@ def test_request_from_nni_outside_nni_does_not_go_on_by_itself(
     assert result.status == 2 and "holds a run already" in result.stderr
 
 
+@pytest.mark.slow
 def test_link_and_memory_of_a_final_result(tmp_path: Path) -> None:
     """Two starts in one folder: the link stands, a delivered result is not delivered again."""
     output = tmp_path / "exp/environments/local-env/trials/abc"
@@ -384,6 +385,7 @@ assert not trial.finish({"default": 2.0})
     assert (tmp_path / "exp/trials/abc/output").resolve() == output.resolve()
 
 
+@pytest.mark.slow
 def test_a_trial_in_kubernetes(tmp_path: Path) -> None:
     """NNI's older platforms have no channel but files and lines of output: it asks and reports there."""
     record = {"parameter_id": 7, "parameter_source": "algorithm", "parameters": {"a": 0.5}}

@@ -171,6 +171,7 @@ def test_an_exported_program(vit: Path, images: Path, tmp_path: Path) -> None:
     check_program(vit, images, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_exported_onnx(vit: Path, images: Path, tmp_path: Path) -> None:
     check_onnx(vit, images, tmp_path)
 
@@ -294,6 +295,7 @@ def test_an_architecture_that_cannot_be_exported_is_one_line(
     assert len(err.splitlines()) == 1 and not (tmp_path / "model.pt2").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_quietly(vit: Path) -> None:
     # As Python raises it; a process started in the background would ignore the signal itself.
     code = f"""

@@ -290,6 +290,7 @@ def test_a_folder_whose_last_checkpoint_was_removed_still_holds_a_run(
     assert load_checkpoint(tmp_path / "checkpoint.pth.tar")["step"] == 32
 
 
+@pytest.mark.slow
 def test_damaged_results_and_lines_do_not_end_a_run(
     image_folder: Path, run_main: RunMain, read_lines, tmp_path: Path
 ) -> None:
@@ -391,6 +392,7 @@ def test_killed_between_the_line_of_an_epoch_and_its_checkpoint(
     assert differing(tmp_path / "whole", killed, read_lines) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", ["older", pytest.param("damaged", marks=pytest.mark.slow)])
 def test_killed_between_the_best_and_its_checkpoint(
     last: str, image_folder: Path, run_main: RunMain, read_lines, tmp_path: Path
