@@ -1,6 +1,7 @@
 """One run in several processes under torchrun: what they tell each other. With one process all of it is free."""
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,14 @@ def start() -> None:
     """Connect the processes, by gloo for what is on the CPU and NCCL for what is on a GPU. Raises RankLost."""
     if sys.platform == "linux" and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: nobody else can connect
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun serves its store before it starts us. If it is gone by now, killed say, torch would wait
+        # for it until the time-out.
+        store = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(store).close()
+        except OSError as error:
+            raise RankLost(f"torchrun ended ({error.strerror})") from None
     with _connected():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=STEP_TIMEOUT

@@ -271,6 +271,24 @@ def test_all_ranks_end_together(
         assert (len(outputs["sizes"]) == done) if outputs else done in (0, 5)
 
 
+@pytest.mark.slow
+def test_ranks_whose_torchrun_was_killed_before_they_could_know_it(
+    data_options: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """While they import torch."""
+    command = [*TWO, MAIN, *data_options, "--model-dir", str(tmp_path / "run")]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while len(ranks := psutil.Process(process.pid).children()) < 2:
+            assert time.monotonic() < deadline
+        process.kill()
+        errors = process.stderr.read()  # ends when all of them have ended
+        left = psutil.wait_procs(ranks, timeout=1)[1]
+        assert not [rank for rank in left if rank.status() != psutil.STATUS_ZOMBIE]
+    assert errors.startswith("main_vit.py: torchrun ended"), errors
+    assert not (tmp_path / "run").exists()
+
+
 def tell_status(running: Experiment) -> list[str]:
     return [trial["status"] for trial in running.trials() if trial["status"] != "RUNNING"]
 
