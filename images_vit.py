@@ -21,6 +21,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from machine_vit import available_memory
+
 IMAGE_EXTENSIONS = {
     *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".jp2", ".tga"),
@@ -407,9 +409,3 @@ def decode_here(
         del close_ranks
         pixels.resize(one_channel, refcheck=False)  # gives the rest back
     return DecodedImages(pixels, broken, None, True)
-
-
-def available_memory() -> int:
-    """Bytes that this machine can give to processes without swapping."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import machine_vit
 import report_vit
 import setup_vit
 import step_vit
@@ -128,7 +129,7 @@ class Classifier(nn.Module):
             shape = (len(some.names), channels, size, size)
             problems = (size_time_problem(str(some.path(i)))[2] for i in range(shape[0]))
             known = {i: problem for i, problem in enumerate(problems) if problem}
-            decoded = decode_here(some, shape, setup_vit.usable_cores(), "memory", known)
+            decoded = decode_here(some, shape, machine_vit.usable_cores(), "memory", known)
             split = Split(decoded.pixels, some.targets, np.arange(shape[0]))
             with autocast:
                 logits = [

@@ -1,7 +1,6 @@
 """What a run starts from: its folder, device and precision, images, model, and an earlier checkpoint."""
 
 import argparse
-import ctypes
 import fcntl
 import itertools
 import math
@@ -20,6 +19,7 @@ import budget_vit
 import cache_vit
 import data_vit
 import distributed_vit
+import machine_vit
 import nni_vit
 import step_vit
 import utils_vit
@@ -170,7 +170,9 @@ def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torc
         # In args.yaml then: sums depend, in their last bits, on how many threads share them.
         concurrency = trial.concurrency() if trial else 1
         given = "OMP_NUM_THREADS" in os.environ
-        args.threads = default_threads(usable_cores(), torch.get_num_threads(), concurrency, given)
+        args.threads = machine_vit.default_threads(
+            machine_vit.usable_cores(), torch.get_num_threads(), concurrency, given
+        )
     torch.set_num_threads(args.threads)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -187,7 +189,7 @@ def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torc
         )
     if gpus == 0:
         device = torch.device("cpu")
-        keep_freed_memory()
+        machine_vit.keep_freed_memory()
     else:
         turn = nni_vit.trial_gpu(trial.sequence_id, gpus) if trial else 0
         if ranks > 1:
@@ -237,61 +239,6 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of tensors that are freed, for the next step to use.
-
-    By default it gives large blocks back to the kernel, which clears each of their pages anew in every
-    step: 5 to 15 % of its time. See mallopt(3).
-    """
-    trim_threshold, mmap_max = -1, -4
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl and macOS have none
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_max, 0)
-
-
-def usable_cores(
-    cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> int:
-    """Cores that this process may use: its affinity, and the CPU quota of its cgroups, v1 or v2."""
-    cores = float(len(os.sched_getaffinity(0)))
-    lines = membership.read_text().splitlines() if membership.exists() else []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers == "":
-            places = (cgroups, cgroups / "unified")
-        elif "cpu" in controllers.split(","):
-            places = (cgroups / "cpu", cgroups / controllers)
-        else:
-            continue
-        # Every group above limits too. Within a container the path may be that of the host.
-        parts = Path(path).parts[1:]
-        for place in places:
-            for depth in range(len(parts) + 1):
-                cores = min(cores, _cpu_quota(place.joinpath(*parts[:depth])))
-    return max(1, int(cores))
-
-
-def _cpu_quota(group: Path) -> float:
-    """Cores' worth of time that a cgroup gives its processes."""
-    try:
-        if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
-        else:
-            quota = (group / "cpu.cfs_quota_us").read_text().strip()
-            period = (group / "cpu.cfs_period_us").read_text()
-        return math.inf if quota in ("max", "-1") else int(quota) / int(period)
-    except (OSError, ValueError):  # no such group
-        return math.inf
-
-
-def default_threads(cores: int, torchs: int, concurrency: int, given: bool) -> int:
-    """This trial's share of the cores, of which torch counts only the physical ones.
-
-    Where OMP_NUM_THREADS was `given`, which torch's number then is, it limits each trial by itself.
-    """
-    share = min(torchs, cores // concurrency) if given else min(torchs, cores) // concurrency
-    return max(1, share)
-
-
 def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> data_vit.Data:
     """The images of --download-dir, or the demo, on the GPU that was chosen if they fit."""
     data = data_vit.open_data(
@@ -302,8 +249,7 @@ def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> d
         val_split=args.val_split,
         seed=args.seed,
         cache_dir=args.cache_dir or cache_vit.default_folder(),
-        # Trials that start together wait for one that decodes, so it may use all cores.
-        workers=args.workers or (args.threads if args.cache == "off" else usable_cores()),
+        workers=args.workers or decoding_threads(args),
         skip_broken=args.skip_broken,
         cache=args.cache,
         cache_limit=args.cache_limit,
@@ -319,6 +265,20 @@ def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> d
     if args.metric == "auc" and len(val_classes) < args.num_classes:
         raise UsageError("--metric auc needs validation images of every class")
     return data
+
+
+def decoding_threads(args: argparse.Namespace) -> int:
+    """Threads that decode images: all cores, since trials that start together wait for one that decodes.
+
+    Without a cache each process decodes for itself.
+    """
+    cores = machine_vit.usable_cores()
+    if args.cache != "off":
+        return cores
+    if distributed_vit.ranks() == 1:
+        return args.threads
+    # torchrun gives each of its processes one thread to compute with, whatever a GPU leaves to the rest.
+    return max(args.threads, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:

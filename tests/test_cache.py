@@ -1,25 +1,22 @@
 """Where decoded images are kept, what of it is read when, on which device, and by how many threads."""
 
-import contextlib
 import os
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from nni_tools import experiment
 from PIL import Image
 from test_data import open_small, python
 
 import cache_vit
 import data_vit
-import setup_vit
 from cache_vit import CachedPixels, DecodedImages, decode_folder
 from data_vit import Resident, Split, batches, keep_on_device
 from images_vit import DataError, decode_image, read_image_folder
@@ -423,152 +420,6 @@ def test_decoded_rows_are_those_of_their_files(folder: Path) -> None:
     assert np.array_equal(decoded.pixels[2:5], decoded.pixels[np.array([2, 3, 4])])
     with pytest.raises(IndexError):
         decoded.pixels[40]
-
-
-# --- cores ------------------------------------------------------------------------------------------
-
-V1, V2 = "4:memory:/a\n1:cpu,cpuacct:/job/one\n0::/", "0::/job/one\n"
-
-
-@pytest.mark.parametrize(
-    ("membership", "files", "expected"),
-    [
-        (V2, {"job/one/cpu.max": "150000 100000"}, 1),
-        (V2, {"job/one/cpu.max": "400000 100000", "job/cpu.max": "300000 100000"}, 3),
-        (V2, {"job/one/cpu.max": "max 100000"}, 8),
-        (V2, {"job/one/cpu.max": "50000 100000"}, 1),
-        (V2, {"cpu.max": "200000 100000"}, 2),  # a container sees its own group as the root
-        (V1, {"cpu,cpuacct/job/one/cpu.cfs_quota_us": "250000", "cpu,cpuacct/job/one/cpu.cfs_period_us": "50000"}, 5),
-        (V1, {"cpu/job/cpu.cfs_quota_us": "200000\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 2),
-        (V1, {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"}, 8),
-        (V2, {"job/one/cpu.max": "nonsense"}, 8),
-        ("", {}, 8),
-    ],
-)  # fmt: skip
-def test_cores_of_a_cgroup(
-    membership: str, files: dict, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
-    (tmp_path / "self").write_text(membership)
-    for name, content in files.items():
-        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "fs" / name).write_text(content)
-    assert setup_vit.usable_cores(tmp_path / "fs", tmp_path / "self") == expected
-
-
-@contextlib.contextmanager
-def real_cgroup(quota: int, period: int) -> Iterator[Path]:
-    """A group of v2 or v1 below the root; skips where none can be made."""
-    for place in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cpu")):
-        group = place / f"vit-test-{os.getpid()}"
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            if (group / "cpu.max").exists():
-                (group / "cpu.max").write_text(f"{quota} {period}")
-            elif (group / "cpu.cfs_quota_us").exists():
-                (group / "cpu.cfs_period_us").write_text(str(period))
-                (group / "cpu.cfs_quota_us").write_text(str(quota))
-            else:
-                continue
-            yield group
-            return
-        finally:
-            group.rmdir()
-    pytest.skip("no cgroup with a CPU quota can be made here")
-
-
-def test_a_real_quota_and_a_real_affinity() -> None:
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("a single core cannot be limited")
-    code = """
-import os, sys, setup_vit
-cores = os.sched_getaffinity(0)
-os.sched_setaffinity(0, {min(cores)})
-print(setup_vit.usable_cores())
-os.sched_setaffinity(0, cores)
-open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
-print(setup_vit.usable_cores())
-"""
-    with real_cgroup(150_000, 100_000) as group:
-        process = python(code, group)
-        assert process.communicate(timeout=120) == ("1\n1\n", "")
-
-
-@pytest.mark.parametrize(
-    ("cores", "torchs", "concurrency", "given", "expected"),
-    [
-        (2, 2, 1, False, 2), (2, 2, 2, False, 1), (2, 2, 8, False, 1), (16, 8, 2, False, 4),
-        (4, 16, 2, False, 2), (8, 3, 2, True, 3), (8, 6, 2, True, 4), (1, 1, 2, True, 1),
-    ],
-)  # fmt: skip
-def test_threads_of_a_trial(
-    cores: int, torchs: int, concurrency: int, given: bool, expected: int
-) -> None:
-    assert setup_vit.default_threads(cores, torchs, concurrency, given) == expected
-
-
-def test_the_number_of_threads_is_repeated(
-    image_folder: Path, tmp_path: Path, run_main: Callable
-) -> None:
-    """args.yaml holds it, so that the same run elsewhere gives the same bits."""
-    argv = [
-        "-s",
-        "8",
-        "-p",
-        "4",
-        "-vd",
-        "16",
-        "-d",
-        "1",
-        "-vh",
-        "2",
-        "-mlpd",
-        "16",
-        "-e",
-        "1",
-        "--max-steps",
-        "1",
-    ]
-    result = run_main("--download-dir", image_folder, *argv, "--model-dir", tmp_path / "a")
-    expected = setup_vit.default_threads(
-        setup_vit.usable_cores(), torch.get_num_threads(), 1, "OMP_NUM_THREADS" in os.environ
-    )
-    assert f"CPU threads {expected}," in result.stdout
-    assert f"threads: {expected}\n" in (tmp_path / "a" / "args.yaml").read_text()
-    other = str(expected + 2)
-    run_main(
-        "--download-dir", image_folder, *argv, "--threads", other, "--model-dir", tmp_path / "b"
-    )
-    again = run_main("--config", tmp_path / "b" / "args.yaml", "--model-dir", tmp_path / "c")
-    assert f"CPU threads {other}," in again.stdout
-
-
-@pytest.mark.slow
-def test_trials_share_the_cores(tmp_path: Path) -> None:
-    """A real manager answers how many run at a time; a manager that does not is no failure."""
-    (tmp_path / "trial.py").write_text("""
-import os
-from nni_vit import Trial
-trial = Trial()
-trial.ask()
-seen = trial.concurrency()
-channel = os.environ["NNI_TRIAL_COMMAND_CHANNEL"]
-os.environ["NNI_TRIAL_COMMAND_CHANNEL"] = "http://localhost:9/env/x"
-alone = trial.concurrency()
-os.environ["NNI_TRIAL_COMMAND_CHANNEL"] = channel
-trial.finish({"default": 10 * seen + alone})
-""")
-    config = {
-        "trialCommand": f"{sys.executable} trial.py", "trialConcurrency": 3, "maxTrialNumber": 4,
-        "searchSpace": {"a": {"_type": "uniform", "_value": [0, 1]}},
-    }  # fmt: skip
-    with experiment(config, tmp_path) as running:
-        running.wait("DONE", 90)
-        finals = [running.finals(trial["trialJobId"]) for trial in running.trials()]
-        assert finals == [[{"default": 31.0}]] * 4
 
 
 # --- what a run loads -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import platform
 import resource
 import shutil
 import signal
@@ -338,37 +337,3 @@ def test_trials_share_the_memory_of_their_gpu(
         setup_vit.open_data(args, SimpleNamespace(concurrency=lambda n=concurrency: n))
     setup_vit.open_data(args)
     assert parts == [600, 600, 300, 200, 600]
-
-
-# --- memory -------------------------------------------------------------------------------------------
-
-FAULTS = """
-import resource, sys
-import torch, setup_vit
-if sys.argv[1] == "kept":
-    setup_vit.keep_freed_memory()
-def step():
-    tensors = [torch.ones(10_000_000) for _ in range(3)]
-    del tensors
-for _ in range(10):  # the heap finds its size
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-@pytest.mark.slow
-def test_memory_is_kept_from_step_to_step() -> None:
-    faults = {
-        way: int(
-            subprocess.run(
-                [sys.executable, "-c", FAULTS, way],
-                cwd=Path(setup_vit.__file__).parent, capture_output=True, text=True, check=True,
-            ).stdout
-        )
-        for way in ("kept", "returned")
-    }  # fmt: skip
-    assert faults["kept"] < 1000 < faults["returned"], faults

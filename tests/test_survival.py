@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import equal
 from torch import nn
 
+import machine_vit
 import main_vit
 import report_vit
 import setup_vit
@@ -267,7 +268,7 @@ def test_auto_resume_keeps_the_number_of_threads(
     argv = ["--download-dir", image_folder, *TINY[:where], *TINY[where + 2 :]]
     argv += ["--auto-resume", "--model-dir", tmp_path / "run"]
     for steps, cores in ((3, 1), (6, 2)):
-        monkeypatch.setattr(setup_vit, "default_threads", lambda *_, cores=cores: cores)
+        monkeypatch.setattr(machine_vit, "default_threads", lambda *_, cores=cores: cores)
         result = run_main(*argv, "--max-steps", steps)
         assert result.status == 0, result.stderr
         assert "CPU threads 1," in result.stdout
