@@ -277,7 +277,7 @@ def decoding_threads(args: argparse.Namespace) -> int:
         return cores
     if distributed_vit.ranks() == 1:
         return args.threads
-    # torchrun gives each of its processes one thread to compute with, whatever a GPU leaves to the rest.
+    # torchrun gives each of its processes one thread to compute with, too few to feed a GPU.
     return max(args.threads, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
 
 

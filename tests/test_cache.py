@@ -58,30 +58,11 @@ def test_all_modes_give_the_same_images(folder: Path) -> None:
 @pytest.mark.parametrize("mode", cache_vit.MODES)
 def test_a_run_in_each_mode(mode: str, image_folder: Path, run_main: Callable) -> None:
     """The same training to the last bit; what is kept is where it was asked for."""
-    argv = [
-        "-s",
-        "8",
-        "-p",
-        "4",
-        "-vd",
-        "16",
-        "-d",
-        "1",
-        "-vh",
-        "2",
-        "-mlpd",
-        "16",
-        "-e",
-        "1",
-        "--threads",
-        "1",
-        "--precision",
-        "float32",
-    ]
+    options = "-s 8 -p 4 -vd 16 -d 1 -vh 2 -mlpd 16 -e 1 --threads 1 --precision float32"
     place = image_folder.parent / mode
     for name, extra in (("a", []), ("b", ["--cache", mode])):
         argv_of_this = [
-            *argv,
+            *options.split(),
             *extra,
             "--cache-dir",
             place / name,

@@ -144,25 +144,10 @@ def test_the_number_of_threads_is_repeated(
     image_folder: Path, tmp_path: Path, run_main: Callable
 ) -> None:
     """args.yaml holds it, so that the same run elsewhere gives the same bits."""
-    argv = [
-        "-s",
-        "8",
-        "-p",
-        "4",
-        "-vd",
-        "16",
-        "-d",
-        "1",
-        "-vh",
-        "2",
-        "-mlpd",
-        "16",
-        "-e",
-        "1",
-        "--max-steps",
-        "1",
-    ]
-    result = run_main("--download-dir", image_folder, *argv, "--model-dir", tmp_path / "a")
+    options = "-s 8 -p 4 -vd 16 -d 1 -vh 2 -mlpd 16 -e 1 --max-steps 1"
+    result = run_main(
+        "--download-dir", image_folder, *options.split(), "--model-dir", tmp_path / "a"
+    )
     expected = machine_vit.default_threads(
         machine_vit.usable_cores(), torch.get_num_threads(), 1, "OMP_NUM_THREADS" in os.environ
     )
@@ -170,7 +155,13 @@ def test_the_number_of_threads_is_repeated(
     assert f"threads: {expected}\n" in (tmp_path / "a" / "args.yaml").read_text()
     other = str(expected + 2)
     run_main(
-        "--download-dir", image_folder, *argv, "--threads", other, "--model-dir", tmp_path / "b"
+        "--download-dir",
+        image_folder,
+        *options.split(),
+        "--threads",
+        other,
+        "--model-dir",
+        tmp_path / "b",
     )
     again = run_main("--config", tmp_path / "b" / "args.yaml", "--model-dir", tmp_path / "c")
     assert f"CPU threads {other}," in again.stdout
