@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from augment_vit import Augmentation, Epoch, send, to_float
-from cache_vit import CachedPixels, decode_folder
+from cache_file_vit import CachedPixels
+from cache_vit import decode_folder
 from images_vit import (
     DataError,
     DecodingPixels,

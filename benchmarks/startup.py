@@ -20,6 +20,7 @@ import numpy as np
 from harness import REPOSITORY, Parser, goals_table, image_folder, table
 from timed import hardware
 
+import cache_file_vit
 import cache_vit
 from data_vit import DEMO_FOLDER
 from images_vit import read_image_folder
@@ -150,8 +151,8 @@ def growth_row(count: int, place: Path) -> tuple[str, ...]:
     shape = (len(images.names), 1, 1, 1)
     checksums = np.full(len(images.names), 0xD202EF8D, "<u4")  # CRC-32 of one byte 0
     info = {"folder": str(folder), "shape": shape, "broken": {}}
-    content = cache_vit.make_header(shape) + bytes(len(images.names))
-    file.write_bytes(content + cache_vit.make_footer(shape, checksums, info))
+    content = cache_file_vit.make_header(shape) + bytes(len(images.names))
+    file.write_bytes(content + cache_file_vit.make_footer(shape, checksums, info))
     del content, checksums
     opening = time.perf_counter()
     decoded = cache_vit.decode_folder(images, 1, 1, place, 1)

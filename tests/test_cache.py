@@ -17,7 +17,8 @@ from test_data import open_small, python
 
 import cache_vit
 import data_vit
-from cache_vit import CachedPixels, DecodedImages, decode_folder
+from cache_file_vit import CachedPixels
+from cache_vit import DecodedImages, decode_folder
 from data_vit import Resident, Split, batches, keep_on_device
 from images_vit import DataError, decode_image, read_image_folder
 
