@@ -117,6 +117,8 @@ def main_worker(
     folder is its own `until_end`.
     """
     args, device, output, data, state = setup_vit.set_up(args, trial, until_end)
+    # From here on: an assessor may end a trial that was resumed while its curve is told again.
+    signals = StopSignals()
     leads = distributed_vit.rank() == 0
     parameters = setup_vit.saved_parameters(args)
     for line in report_vit.describe(args, device, data, state.model, output, state.step):
@@ -148,11 +150,10 @@ def main_worker(
             # One of PBT starts within a training, with another trial's epochs or none.
             under_way = state.epoch_under_way(steps_per_epoch) + 1
             lines = {line["epoch"]: nni_metrics(line, args.metric) for line in recorder.lines}
-            trial.begin_curve(under_way, lines)
+            trial.begin_curve(under_way, lines, lambda: signals.received)
         identity = {"args": parameters, "classes": data.classes}
         identity |= {"train_images": len(data.train), "val_images": len(data.val)}
         saver = utils_vit.Saver(output, identity, args.checkpoint_steps, args.checkpoint_minutes)
-    signals = StopSignals()
 
     def check_signals() -> None:
         [signum] = distributed_vit.largest(signals.received)

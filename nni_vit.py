@@ -64,19 +64,26 @@ class Trial:
         self._save(parameter_id=used["parameter_id"], parameters=parameters, received=received)
         return dict(parameters)
 
-    def begin_curve(self, under_way: int, earlier: dict[int, dict[str, float]]) -> None:
+    def begin_curve(
+        self, under_way: int, earlier: dict[int, dict[str, float]], ended: Callable[[], object]
+    ) -> None:
         """Before the first `report`: tells NNI what it does not know of the epochs before the one under way.
 
         `earlier` is {epoch: metrics} of this trial, from earlier starts or another trial's run. NNI's page
         stays empty where a curve has a hole, at its beginning too: the curve begins with the first epoch.
+        Nothing more is told once `ended()`.
         """
         self._first_epoch = min(earlier, default=under_way)
         deadline = time.monotonic() + 30
         told = self._told()
         for epoch in sorted(earlier.keys() - (told or ())):
+            if ended():
+                return
             self.report(epoch, earlier[epoch])
             # NNI answers before it has stored a result, and stores those of one moment in any order.
             while told is not None and epoch not in told and time.monotonic() < deadline:
+                if ended():
+                    return
                 time.sleep(0.01)
                 told = self._told()
 

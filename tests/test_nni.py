@@ -123,7 +123,7 @@ from nni_vit import Trial
 trial = Trial()
 best = {"default": trial.ask()["a"]}
 trial.report(2, best)
-trial.begin_curve(401, {epoch: best for epoch in range(1, 401)})
+trial.begin_curve(401, {epoch: best for epoch in range(1, 401)}, lambda: False)
 trial.finish(best)
 """
     with experiment(config(tmp_path, trial, maxTrialNumber=1), tmp_path) as running:

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -176,7 +177,7 @@ def test_a_resume_brings_back_what_stopped_trials_reached(
     tmp_path: Path,
     make_images: Callable[..., Path],
 ) -> None:
-    """NNI leaves them out; what they tried would be tried once more."""
+    """NNI leaves them out; what they tried would be tried once more. One is killed while it resumes."""
     settings: dict[str, Any] = {
         "searchSpace": search_space,
         "tuner": {
@@ -193,6 +194,7 @@ def test_a_resume_brings_back_what_stopped_trials_reached(
             tried.append(trial["shown"]["parameters"]["lr"])
             if len(tried) == 2:
                 running.stop()
+                train_alone(running.output(trial["trialJobId"]), 300)
                 running.resume()
                 log = running.output(trial["trialJobId"]) / "trial.log"
                 running.until(lambda log=log: "resumed after step" in log.read_text(), 120)
@@ -203,6 +205,25 @@ def test_a_resume_brings_back_what_stopped_trials_reached(
     assert len(set(tried)) == len(RATES)
     if not arguments:  # a list that is gone through
         assert sorted(tried) == RATES
+
+
+def train_alone(output: Path, epochs: int) -> None:
+    """Continue the run by hand: under NNI again, it tells of so many epochs before it trains."""
+    before = (output / "metrics.jsonl").read_text().count("\n")
+    command = [
+        sys.executable,
+        REPOSITORY / "main_vit.py",
+        "--resume",
+        output / "checkpoint.pth.tar",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
+        try:
+            while (output / "metrics.jsonl").read_text().count("\n") < before + epochs:
+                assert run.poll() is None
+                time.sleep(0.3)
+        finally:
+            run.terminate()
+    assert run.returncode == -signal.SIGTERM
 
 
 @pytest.mark.long
