@@ -115,7 +115,8 @@ class Experiment:
         assert not left, f"left running: {[process.cmdline() for process in left]}"
 
     def resume(self) -> None:
-        """Starts a stopped experiment again, on the same port."""
+        """Starts a stopped experiment again, on the same port; `nnictl resume` knows no url prefix."""
+        self.url = f"http://127.0.0.1:{self.port}"
         directory = str(self.folder / "exp")
         self.nnictl("resume", self.id, "--port", str(self.port), "--experiment_dir", directory)
 
