@@ -194,7 +194,7 @@ def test_a_resume_brings_back_what_stopped_trials_reached(
             tried.append(trial["shown"]["parameters"]["lr"])
             if len(tried) == 2:
                 running.stop()
-                train_alone(running.output(trial["trialJobId"]), 300)
+                train_alone(running, trial["trialJobId"], 300)
                 running.resume()
                 log = running.output(trial["trialJobId"]) / "trial.log"
                 running.until(lambda log=log: "resumed after step" in log.read_text(), 120)
@@ -207,16 +207,12 @@ def test_a_resume_brings_back_what_stopped_trials_reached(
         assert sorted(tried) == RATES
 
 
-def train_alone(output: Path, epochs: int) -> None:
+def train_alone(running: Experiment, trial_id: str, epochs: int) -> None:
     """Continue the run by hand: under NNI again, it tells of so many epochs before it trains."""
+    output = running.output(trial_id)
     before = (output / "metrics.jsonl").read_text().count("\n")
-    command = [
-        sys.executable,
-        REPOSITORY / "main_vit.py",
-        "--resume",
-        output / "checkpoint.pth.tar",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
+    command = [sys.executable, REPOSITORY / "main_vit.py", "--resume", output / utils_vit.LAST]
+    with subprocess.Popen(command, env=running.env, stdout=subprocess.DEVNULL) as run:
         try:
             while (output / "metrics.jsonl").read_text().count("\n") < before + epochs:
                 assert run.poll() is None
