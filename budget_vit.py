@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed_vit
-from config_vit import differences, saved_parameters
+from config_vit import UsageError, differences, saved_parameters
 from data_vit import Data
 from options_vit import make_parser
 from utils_vit import (
@@ -40,8 +40,17 @@ PBT_MAY_CHANGE = {
 def continue_earlier(args: argparse.Namespace, data: Data, output: Path) -> list[str]:
     """Start `output` as a copy of the longest whole run of the same configuration, if there is one.
 
-    Looks at the trials beside this one; sets args.resume. Returns what the log should say of it.
+    Looks at the trials beside this one; sets args.resume. Returns what the log should say of it. Raises
+    UsageError where PBT's checkpoint could not be left at the end.
     """
+    if args.save_checkpoint_dir:
+        try:
+            args.save_checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"save_checkpoint_dir {args.save_checkpoint_dir} cannot be made: {error.strerror}; "
+                "give another folder"
+            ) from None
     if args.resume and args.load_checkpoint_dir:  # how far this trial was to go is known by now
         args.stop_epoch = load_newest(args.resume)[0]["args"]["stop_epoch"]
     if args.stop_epoch is None or args.resume:
@@ -139,5 +148,4 @@ def continue_member(state: TrainingState, args: argparse.Namespace, data: Data) 
 def leave_checkpoint(args: argparse.Namespace, output: Path) -> None:
     """PBT: the checkpoint for whichever trial goes on from this one; whole or not at all."""
     if args.save_checkpoint_dir:
-        args.save_checkpoint_dir.mkdir(parents=True, exist_ok=True)
         link_or_copy(output / LAST, args.save_checkpoint_dir / LAST)

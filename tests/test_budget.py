@@ -159,6 +159,14 @@ def test_members_of_a_population(train, tmp_path: Path) -> None:
     assert result.status == 2 and "other parameters: seed 0 -> 7" in result.stderr
 
 
+def test_a_member_that_could_leave_no_checkpoint(train, tmp_path: Path) -> None:
+    """Is told so before it trains, not after."""
+    (tmp_path / "file").touch()
+    result = train("first", None, "--save-checkpoint-dir", tmp_path / "file" / "0")
+    assert result.status == 2 and "epoch" not in result.stdout
+    assert f"save_checkpoint_dir {tmp_path}/file/0 cannot be made: Not a directory" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
