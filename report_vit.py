@@ -41,35 +41,37 @@ def measure(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float |
 
     AUC is macro one-vs-rest beyond two classes, and None where a class has no image.
     """
-    auc, _ = area_under_curve(probabilities, targets)
+    auc = area_under_curve(probabilities, targets)
     return accuracies(probabilities.argmax(axis=1), targets) | {"auc": auc}
 
 
-def area_under_curve(
-    probabilities: np.ndarray, targets: np.ndarray
-) -> tuple[float | None, float | None]:
-    """AUC, the mean of the classes, each against the rest, and its standard error.
+def area_under_curve(probabilities: np.ndarray, targets: np.ndarray) -> float | None:
+    """AUC, the mean of the classes, each against the rest; None if a class has no image."""
+    if np.bincount(targets, minlength=probabilities.shape[1]).min() == 0:
+        return None
+    areas = []
+    for number, scores in enumerate(probabilities.T):
+        own = targets == number
+        areas.append(_share_below(scores[own], scores[~own]).mean())
+    return float(np.mean(areas))
 
-    The error is that of DeLong et al. (1988, https://doi.org/10.2307/2531595): how much what each image
-    adds varies within its class. AUC is None if a class has no image, the error if one has a single one.
+
+def area_error(probabilities: np.ndarray, targets: np.ndarray) -> float | None:
+    """Standard error of `area_under_curve`; None if a class has less than two images.
+
+    That of DeLong et al. (1988, https://doi.org/10.2307/2531595): how much what each image adds to the
+    area varies within its class. Takes three times as long as the area.
     """
     count = np.bincount(targets, minlength=probabilities.shape[1])
-    if count.min() == 0:
-        return None, None
-    areas = []
+    if count.min() < 2:
+        return None
     parts = np.zeros(len(targets))  # what an image adds to the sum of the areas
     for number, scores in enumerate(probabilities.T):
         own = targets == number
-        above = _share_below(scores[own], scores[~own])  # of the rest, for each image of the class
-        below = 1 - _share_below(scores[~own], scores[own])
-        areas.append(above.mean())
-        parts[own] += above / len(above)
-        parts[~own] += below / len(below)
-    auc = float(np.mean(areas))
-    if count.min() == 1:
-        return auc, None
+        parts[own] += _share_below(scores[own], scores[~own]) / count[number]
+        parts[~own] -= _share_below(scores[~own], scores[own]) / (len(targets) - count[number])
     variances = [n * parts[targets == i].var(ddof=1) for i, n in enumerate(count)]
-    return auc, float(np.sqrt(sum(variances))) / len(count)
+    return float(np.sqrt(sum(variances))) / len(count)
 
 
 def _share_below(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -95,8 +97,7 @@ def test_report(
     normal, with the standard error of binomial recalls, two right and two wrong added to each (Agresti and
     Coull 1998, https://doi.org/10.2307/2685469), and with DeLong's, where that is not 0.
     """
-    auc, auc_error = area_under_curve(probabilities, targets)
-    report: dict[str, Any] = accuracies(probabilities.argmax(axis=1), targets) | {"auc": auc}
+    report: dict[str, Any] = measure(probabilities, targets)
     matrix = confusion_matrix(probabilities, targets)
     images = matrix.sum(axis=1)
     present = images > 0
@@ -111,7 +112,8 @@ def test_report(
     variances = share * (1 - share) / counted
     error = 100 * math.sqrt(variances.sum()) / int(present.sum())
     report["balanced_accuracy_95"] = _interval(report["balanced_accuracy"], error, 100)
-    report["auc_95"] = _interval(auc, auc_error, 1) if auc_error else None
+    error = area_error(probabilities, targets)
+    report["auc_95"] = _interval(report["auc"], error, 1) if error else None
 
     report["recall"] = {
         name: 100 * float(recall[i]) if present[i] else None for i, name in enumerate(classes)

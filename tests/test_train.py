@@ -216,20 +216,22 @@ def test_auc_and_its_error_are_those_of_sklearn_and_of_resampling(classes: int) 
     probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     if classes == 2:
         probabilities = probabilities.round(1)  # many are equal
-    auc, error = report_vit.area_under_curve(probabilities, targets)
+    auc = report_vit.area_under_curve(probabilities, targets)
     score = probabilities[:, 1] if classes == 2 else probabilities
     assert auc == pytest.approx(roc_auc_score(targets, score, multi_class="ovr"), rel=1e-9)
 
     members = [np.flatnonzero(targets == number) for number in range(classes)]
     samples = [np.concatenate([generator.choice(m, len(m)) for m in members]) for _ in range(1000)]
     resampled = [report_vit.measure(probabilities[s], targets[s])["auc"] for s in samples]
+    error = report_vit.area_error(probabilities, targets)
     assert error == pytest.approx(np.std(resampled), rel=0.1)
 
 
 def test_auc_of_classes_with_few_images() -> None:
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])
-    assert report_vit.area_under_curve(probabilities, np.array([0, 1, 1])) == (1.0, None)
-    assert report_vit.area_under_curve(probabilities, np.array([1, 1, 1])) == (None, None)
+    assert report_vit.area_under_curve(probabilities, np.array([0, 1, 1])) == 1.0
+    assert report_vit.area_error(probabilities, np.array([0, 1, 1])) is None
+    assert report_vit.area_under_curve(probabilities, np.array([1, 1, 1])) is None
     report = report_vit.test_report(probabilities, np.array([1, 1, 1]), ["cat", "dog"])
     assert report["recall"] == {"cat": None, "dog": pytest.approx(200 / 3)}
     assert report["auc"] is None and report["auc_95"] is None
