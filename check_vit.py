@@ -329,8 +329,22 @@ def check_runs(runs: list[Any], keys: dict[str, set[str]], local: bool, found: F
             f"trials could not be compared: metric is {' or '.join(metrics)}: give one in trialCommand"
         )
     searched = set().union(*keys.values())
+    parts = [n for n in ("download_dir", "val_split") if len({getattr(run, n) for run in runs}) > 1]
+    if len({run.seed for run in runs}) > 1 and any(map(holds_out, runs)):
+        parts.append("seed")
+    if parts:
+        found.warnings.append(
+            f"trials that differ in {', '.join(parts)} are validated on other images, and the best may have "
+            "had the easiest: give it in trialCommand, or the images a val/"
+        )
     if runs and "momentum" in searched and not {"sgd", "rmsprop"} & {r.optimizer for r in runs}:
         found.warnings.append("momentum has no effect: no trial has optimizer sgd or rmsprop")
+
+
+def holds_out(run: Any) -> bool:
+    """Whether the images that a run is validated on are drawn, by its seed."""
+    folder = run.download_dir
+    return bool(run.val_split or folder is None or not os.path.isdir(os.path.join(folder, "val")))
 
 
 def file_errors(runs: list[Any]) -> list[str]:

@@ -319,6 +319,20 @@ def test_trials_of_different_metrics_could_not_be_compared(check) -> None:
     assert check(searchSpace={"metric": choice("accuracy"), "lr": choice(1e-3)}).status == 0
 
 
+@pytest.mark.parametrize("val", [False, True])
+def test_trials_that_are_validated_on_other_images_are_warned_of(
+    check, val: bool, image_folder: Path, make_images
+) -> None:
+    if val:
+        make_images(image_folder / "val", ["cat", "dog"], 4)
+    command = f"{COMMAND} --download-dir {image_folder}"
+    result = check(trialCommand=command, searchSpace={"seed": choice(0, 1), "lr": choice(1e-3)})
+    found = [text for text in findings(result, "warning") if "differ in seed" in text]
+    assert (result.status, len(found)) == (0, 0 if val else 1)
+    result = check(trialCommand=command, searchSpace={"val_split": choice(0.1, 0.2)})
+    assert any("differ in val_split" in text for text in findings(result, "warning"))
+
+
 # --- images and checkpoints ----------------------------------------------------------------------
 
 
