@@ -372,8 +372,10 @@ def test_sizes_that_an_architecture_refuses() -> None:
     with pytest.raises(UsageError, match="arch simple_vit cannot be built: .*multiple of 4"):
         resolve_of(arch="simple_vit", vt_dim=30, vt_heads=2)
     assert resolve_of(arch="simple_vit", vt_dim=32, vt_heads=2).vt_dim == 32
-    with pytest.raises(UsageError, match="arch 'na_vit_nested_tensor' is neither"):
-        resolve_of(arch="na_vit_nested_tensor")
+    # The second computes in one precision only.
+    for arch in ("na_vit_nested_tensor", "normalized_vit"):
+        with pytest.raises(UsageError, match=f"arch '{arch}' is neither"):
+            resolve_of(arch=arch)
 
 
 @pytest.mark.parametrize("option", ["--resume", "--model-dir", "--config", "--cache-dir"])
@@ -397,8 +399,11 @@ def test_auto_resume_needs_a_folder(run_main) -> None:
     assert result.status == 2 and "--auto-resume needs --model-dir" in result.stderr
 
 
-def test_images_too_large_for_any_memory(image_folder: Path, run_main) -> None:
-    argv = ["--download-dir", image_folder, "--image-size", 4_000_000, "--patch-num", 2]
+@pytest.mark.parametrize(
+    "size", [4_000_000, 700_000_000]
+)  # the second of more bytes than a file can have
+def test_images_too_large_for_any_memory(size: int, image_folder: Path, run_main) -> None:
+    argv = ["--download-dir", image_folder, "--image-size", size, "--patch-num", 2]
     result = run_main(*argv)
     assert result.status == 2 and "cannot be kept" in result.stderr, result.stderr
     assert result.stderr.count("\n") == 1
