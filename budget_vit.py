@@ -99,9 +99,8 @@ def check_whole(folder: Path, args: argparse.Namespace, data: Data) -> None:
         raise CheckpointError(f"it had --epochs {saved['args']['epochs']}")
     if changes := differences(make_parser().with_defaults(saved["args"]), saved_parameters(args)):
         raise CheckpointError(f"it had other parameters: {changes}")
-    images = (saved["classes"], saved["train_images"], saved.get("val_images", len(data.val)))
-    if images != (data.classes, len(data.train), len(data.val)):
-        raise CheckpointError("the images have changed since")
+    if others := data.unlike(saved):
+        raise CheckpointError(f"it is of {others}")
 
 
 def copy_run(source: Path, target: Path) -> None:
@@ -132,6 +131,11 @@ def continue_member(state: TrainingState, args: argparse.Namespace, data: Data) 
         )
     ):
         raise CheckpointError(f"checkpoint {file} is of other parameters: {changes}")
+    if saved.get("fingerprints", data.fingerprints)["val"] != data.fingerprints["val"]:
+        raise CheckpointError(
+            f"checkpoint {file} may have been trained on images that are held out now: those have "
+            "changed since"
+        )
     own = [{k: v for k, v in g.items() if k != "params"} for g in state.optimizer.param_groups]
     state.load_state_dict(saved)
     for group, values in zip(state.optimizer.param_groups, own, strict=True):

@@ -1,5 +1,6 @@
 """From decoded images to batches: the demo, the splits, shuffling, shards."""
 
+import hashlib
 import itertools
 import os
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,6 +117,34 @@ class Data:
     val: Split
     test: Split | None
     notes: list[str]
+    fingerprints: dict[str, str]  # of the images of each split, by its name
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint keeps of its images."""
+        return {
+            "classes": self.classes,
+            "train_images": len(self.train),
+            "val_images": len(self.val),
+            "fingerprints": {name: self.fingerprints[name] for name in ("train", "val")},
+        }
+
+    def unlike(self, saved: dict[str, Any]) -> str | None:
+        """What images a checkpoint is of, if not of these: of the same names, in the same splits."""
+        own = self.identity()
+        if saved["classes"] != own["classes"]:
+            return "other classes than the data"
+        for name, what in (("train_images", "training"), ("val_images", "validation")):
+            if (count := saved.get(name, own[name])) != own[name]:
+                return f"{count:,} {what} images, here are {own[name]:,}"
+        if saved.get("fingerprints", own["fingerprints"]) != own["fingerprints"]:
+            return "as many images, but not of the same names, classes and splits"
+        return None
+
+
+def fingerprint(images: ImageFolder, rows: list[int]) -> str:
+    """Tells the images `rows` from others, by their names, which begin with their class."""
+    names = "\0".join(images.names[row] for row in rows)
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
 def read_splits(
@@ -218,7 +248,11 @@ def open_data(
             "selection on so few is noisy; more images, or a larger --val-split, make it less so"
         )
     notes = [printable(note) for note in notes]
-    return Data(classes, splits["train"], splits["val"], splits.get("test"), notes)
+    fingerprints = {
+        name: fingerprint(folders.get(name, folders["train"]), split.indices.tolist())
+        for name, split in splits.items()
+    }
+    return Data(classes, splits["train"], splits["val"], splits.get("test"), notes, fingerprints)
 
 
 # --- from the cache to the device ---------------------------------------------------------------------

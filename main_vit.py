@@ -86,7 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:  # beside the steps, which take a batch in pieces
         if not step_vit.out_of_memory(error):
             raise
-        complain("the device has no memory left; what was saved before is whole", alone=True)
+        remedy = "a smaller --batch-size or model takes less"
+        complain(
+            f"the device has no memory left; what was saved before is whole; {remedy}", alone=True
+        )
         return 1
     except OSError as error:
         remedy = (
@@ -151,8 +154,7 @@ def main_worker(
             under_way = state.epoch_under_way(steps_per_epoch) + 1
             lines = {line["epoch"]: nni_metrics(line, args.metric) for line in recorder.lines}
             trial.begin_curve(under_way, lines, lambda: signals.received)
-        identity = {"args": parameters, "classes": data.classes}
-        identity |= {"train_images": len(data.train), "val_images": len(data.val)}
+        identity = {"args": parameters} | data.identity()
         saver = utils_vit.Saver(output, identity, args.checkpoint_steps, args.checkpoint_minutes)
 
     def check_signals() -> None:

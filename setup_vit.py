@@ -25,6 +25,7 @@ import step_vit
 import utils_vit
 import vit
 from config_vit import UsageError, differences, model_sizes, saved_parameters
+from images_vit import DataError
 from options_vit import make_parser
 from utils_vit import CheckpointError, TrainingState
 
@@ -41,6 +42,12 @@ def set_up(
     )
     torch.set_num_threads(args.threads)
     data = distributed_vit.together(lambda: open_data(args, trial))
+    for rank, others in enumerate(distributed_vit.all_gather(data.fingerprints)):
+        if others != data.fingerprints:  # on another machine, with a folder of its own
+            raise DataError(
+                f"rank {rank} has other images, by their names, than rank {distributed_vit.rank()}: "
+                "give all machines the same folder, or copies of it"
+            )
     args, notes = distributed_vit.from_rank_0(
         lambda: (args, budget_vit.continue_earlier(args, data, output))
     )
@@ -88,7 +95,10 @@ def output_folder(
     # After the death of NNI's manager the same trial may still be saving in its earlier process.
     patience = 30 if in_nni else 0
     try:
-        until_end.enter_context(hold_folder(folder, patience))
+        if in_nni or args.resume or args.model_dir:
+            until_end.enter_context(hold_folder(folder, patience))
+        else:
+            folder = hold_new_folder(folder, until_end)
     except BlockingIOError:
         raise UsageError(
             f"another process is still at work in {folder}: wait for its end, or give --model-dir "
@@ -129,17 +139,33 @@ def output_folder(
     return folder
 
 
+def hold_new_folder(folder: Path, until_end: ExitStack) -> Path:
+    """Hold `folder`, or with a number behind its name, `until_end`: the first that was not there.
+
+    Raises OSError if it cannot be written.
+    """
+    name = folder.name
+    for number in itertools.count(2):  # a loop of the shell starts several in a second
+        try:
+            until_end.enter_context(hold_folder(folder, 0, new=True))
+            return folder
+        except FileExistsError:
+            folder = folder.with_name(f"{name}-{number}")
+    raise AssertionError("numbers do not end")
+
+
 @contextmanager
-def hold_folder(folder: Path, seconds: float) -> Iterator[None]:
+def hold_folder(folder: Path, seconds: float, new: bool = False) -> Iterator[None]:
     """Make `folder` and keep other processes out of it, after waiting up to `seconds` for one to leave.
 
     The lock ends with the process, however that ends; a folder that nothing came into is removed
-    again. Raises BlockingIOError if another process stays, OSError if the folder cannot be written.
+    again. Raises BlockingIOError if another process stays, OSError if the folder cannot be written or, where
+    a `new` one is wanted, was there.
     """
-    made = not folder.exists()
+    made = new or not folder.exists()
     file, deadline = folder / ".lock", time.monotonic() + seconds
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not new)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -322,17 +348,9 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
     If it is another than the last one it takes the place of that.
     """
     saved, source, note = utils_vit.load_newest(file)
-    if saved["classes"] != data.classes:
-        raise CheckpointError(f"checkpoint {file} is of other classes than the data")
-    if saved["train_images"] != len(data.train):
+    if others := data.unlike(saved):  # it may have been trained on what it would be selected on
         raise CheckpointError(
-            f"checkpoint {file} is of {saved['train_images']:,} training images, here are "
-            f"{len(data.train):,}: --init-from starts a new run from its weights"
-        )
-    if saved.get("val_images", len(data.val)) != len(data.val):
-        raise CheckpointError(
-            f"checkpoint {file} was validated on {saved['val_images']:,} images, here are "
-            f"{len(data.val):,}: --init-from starts a new run from its weights"
+            f"checkpoint {file} is of {others}: --init-from starts a new run from its weights"
         )
     if saved["best"]:  # better now than at the end
         file_of_best = file.with_name(utils_vit.BEST)

@@ -129,7 +129,7 @@ def test_from_the_start_unless_the_earlier_trial_is_whole(
     assert_same_run(tmp_path / "trials/later", tmp_path / "trials/whole", read_lines)
 
 
-def test_members_of_a_population(train, tmp_path: Path) -> None:
+def test_members_of_a_population(train, tmp_path: Path, image_folder: Path) -> None:
     """Each goes on from the folder it is told, with its own rate and decay, and leaves its checkpoint."""
     folders = [tmp_path / "population" / str(step) for step in range(3)]
     first = [
@@ -157,6 +157,9 @@ def test_members_of_a_population(train, tmp_path: Path) -> None:
     # Another seed may hold out images that these weights were trained on.
     result = train("fourth", None, "--epochs", 2, *second, "--seed", 7)
     assert result.status == 2 and "other parameters: seed 0 -> 7" in result.stderr
+    (image_folder / "train/cat/000.png").unlink()  # draws what is held out of its class anew
+    result = train("fifth", None, "--epochs", 2, *second)
+    assert result.status == 2 and "images that are held out now" in result.stderr
 
 
 def test_a_member_that_could_leave_no_checkpoint(train, tmp_path: Path) -> None:

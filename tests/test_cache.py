@@ -360,7 +360,7 @@ def test_what_fits_half_of_the_free_memory_is_kept(
     """`val` None: it is a part of the same images."""
     pixels = [np.zeros((n, 1, 1, 1), np.uint8) for n in (train, val or 1)]
     splits = [Split(p, np.zeros(1, np.int64), np.zeros(1, np.int64)) for p in pixels]
-    data = data_vit.Data(["a", "b"], splits[0], splits[1] if val else splits[0], splits[0], [])
+    data = data_vit.Data(["a", "b"], splits[0], splits[1] if val else splits[0], splits[0], [], {})
     kept_data = keep_on_device(data, CPU, free)
     assert (
         isinstance(kept_data.train.pixels, Resident)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,6 +96,36 @@ def test_two_ranks_give_what_one_process_gives(
     assert half["step"] == 7 and half["outputs"]["sizes"].tolist() == [8, 8]
     assert run_main("--resume", two / "checkpoint.pth.tar", "--max-steps", 1000).status == 0
     assert_close(whole, two)
+
+
+# Rank 1 as on another machine, with a folder of its own under the same name.
+OTHER_MACHINE = """
+import os, pathlib, sys
+sys.path.insert(0, {repository!r})
+import data_vit, main_vit
+real = data_vit.open_data
+if os.environ["RANK"] == "1":
+    data_vit.open_data = lambda folder, **options: real(pathlib.Path({copy!r}), **options)
+sys.exit(main_vit.main())
+"""
+
+
+@pytest.mark.slow
+def test_ranks_with_other_images_are_refused(
+    data_options: list[str], environment: dict[str, str], images: Path, tmp_path: Path
+) -> None:
+    """One that is in another class: as many, and metrics would be of one's logits and the other's targets."""
+    copy, script = shutil.copytree(images, tmp_path / "copy"), tmp_path / "other_machine.py"
+    script.write_text(OTHER_MACHINE.format(repository=str(REPOSITORY), copy=str(copy)))
+    command = [*TWO, str(script), *data_options, "--model-dir", str(tmp_path / "run")]
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
+    assert subprocess.run(command, **options).returncode == 0
+    (copy / "val/cat/000.png").rename(copy / "val/dog/9.png")
+    command[-1] += "2"
+    done = subprocess.run(command, **options)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("main_vit.py:")]
+    assert len(lines) == 1 and "rank 1 has other images" in lines[0], done.stderr
+    assert done.returncode == 1 and not (tmp_path / "run2").exists()
 
 
 @pytest.mark.slow

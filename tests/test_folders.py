@@ -319,6 +319,20 @@ def test_a_small_model_is_float32_on_a_cpu(
     assert setup_vit.gains_from_bfloat16(torch.device("cuda"), args)
 
 
+def test_runs_that_start_in_one_second_have_folders_of_their_own(
+    image_folder: Path, run_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the one before is at work or has ended."""
+    monkeypatch.setattr(setup_vit.time, "strftime", lambda _: "now")
+    argv = ["--download-dir", image_folder, *TINY.split(), "--max-steps", 1]
+    first = run_main(*argv)
+    with hold_folder(first.cwd / "runs/now-0-2", 0):
+        second = run_main(*argv, cwd=first.cwd)
+        runs = {folder.name for folder in (first.cwd / "runs").iterdir()}
+    assert (first.status, second.status) == (0, 0)
+    assert runs == {"now-0", "now-0-2", "now-0-3"}
+
+
 def test_trials_share_the_memory_of_their_gpu(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,16 +189,51 @@ def test_a_best_of_another_moment_is_refused(
     assert result.status == 2 and "--init-from starts a new run" in result.stderr
 
 
-def test_other_validation_images_are_refused(
-    image_folder: Path, run_main: RunMain, tmp_path: Path, make_images: Callable[..., Path]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "val/cat/000.png").unlink(), "8 validation images, here are 7"),
+        (lambda f: (f / "train/cat/000.png").unlink(), "40 training images, here are 39"),
+        # As many in all, but one in another class, or another one.
+        (lambda f: (f / "val/cat/000.png").rename(f / "val/dog/9.png"), "not of the same names"),
+        (
+            lambda f: (f / "train/cat/000.png").rename(f / "train/cat/9.png"),
+            "not of the same names",
+        ),
+    ],
+)
+def test_other_images_are_refused(
+    change: Callable[[Path], Any],
+    message: str,
+    image_folder: Path,
+    run_main: RunMain,
+    tmp_path: Path,
+    make_images: Callable[..., Path],
 ) -> None:
+    """A folder that has moved is the same one."""
     make_images(image_folder / "val", ["cat", "dog"], 4)
     argv = [a for a in TINY if a not in ("--val-split", "0.2")]
+    checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
     argv = ["--download-dir", image_folder, *argv, "--model-dir", tmp_path / "run"]
     assert run_main(*argv, "--max-steps", 9).status == 0
-    (image_folder / "val" / "cat" / "000.png").unlink()
-    result = run_main("--resume", tmp_path / "run" / "checkpoint.pth.tar", "--max-steps", 99)
-    assert result.status == 2 and "was validated on 8 images, here are 7" in result.stderr
+    moved = image_folder.rename(tmp_path / "moved")
+    again = ["--resume", checkpoint, "--download-dir", moved, "--max-steps"]
+    assert run_main(*again, 12).status == 0
+    change(moved)
+    result = run_main(*again, 99)
+    assert result.status == 2 and result.stderr.count("\n") == 1
+    assert f"checkpoint {checkpoint} is of " in result.stderr and message in result.stderr
+
+
+def test_images_that_are_held_out_are_never_those_trained_on(
+    image_folder: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    """A label put right draws both classes anew, though there are as many images as before."""
+    argv = ["--download-dir", image_folder, *TINY, "--model-dir", tmp_path / "run"]
+    assert run_main(*argv, "--max-steps", 9).status == 0
+    (image_folder / "train/cat/005.png").rename(image_folder / "train/dog/m.png")
+    result = run_main(*argv, "--auto-resume")
+    assert result.status == 2 and "as many images, but not of the same names" in result.stderr
 
 
 def test_the_files_at_the_end_come_before_results_json(
@@ -656,6 +691,7 @@ def test_memory_that_is_short_beside_the_steps_ends_the_run(
     result = run_main(*TINY)
     assert result.status == 1 and result.stderr.count("\n") == 1
     assert "no memory left; what was saved before is whole" in result.stderr
+    assert "a smaller --batch-size" in result.stderr
 
 
 def test_validation_is_taken_in_pieces_too() -> None:
