@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         if "check" in command_line:
             import check_vit
 
+            if len(command_line) > 1:
+                raise UsageError("--check takes no other options: they belong into trialCommand")
             return check_vit.check(command_line["check"], parser)
         # Parameters are asked for before anything that can fail or takes long.
         trial = nni_vit.Trial() if command_line.get("request_from_nni") and leads else None
@@ -120,6 +122,7 @@ def main_worker(
     folder is its own `until_end`.
     """
     args, device, output, data, state = setup_vit.set_up(args, trial, until_end)
+    until_end.enter_context(utils_vit.full_disk_of(output))
     # From here on: an assessor may end a trial that was resumed while its curve is told again.
     signals = StopSignals()
     leads = distributed_vit.rank() == 0

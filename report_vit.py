@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import threading
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -254,8 +255,15 @@ class Recorder:
             # Takes long, so not before the first step.
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = without_os_errors
             self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch)
         return self.tensorboard
+
+
+def without_os_errors(failure: threading.ExceptHookArgs) -> None:
+    """A full disk is no traceback of TensorBoard's thread: its next call raises the same, in ours."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def draw_metrics(lines: list[dict[str, Any]], best_epoch: int, file: Path) -> None:

@@ -352,6 +352,14 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
         raise CheckpointError(
             f"checkpoint {file} is of {others}: --init-from starts a new run from its weights"
         )
+    last = file.with_name(utils_vit.LAST)
+    with suppress(CheckpointError):  # missing or damaged, and then this one takes its place
+        newest = utils_vit.load_checkpoint(last) if file != last else saved
+        if (newest["step"], newest["validated"]) > (saved["step"], saved["validated"]):
+            raise UsageError(
+                f"{file.name} is of an earlier moment than {last}, which would be lost: --resume that, or "
+                f"start a new run by --init-from {file}"
+            )
     if saved["best"]:  # better now than at the end
         file_of_best = file.with_name(utils_vit.BEST)
         try:

@@ -1,6 +1,7 @@
 """Checkpoints, the training state, schedules, EMA and seeds: what a run needs beside its model."""
 
 import copy
+import errno
 import hashlib
 import io
 import json
@@ -11,8 +12,8 @@ import shutil
 import signal
 import time
 import zipfile
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,17 @@ def json_object(text: bytes) -> dict[str, Any]:
         if isinstance(content := json.loads(text), dict):
             return content
     return {}
+
+
+@contextmanager
+def full_disk_of(folder: Path) -> Iterator[None]:
+    """A full disk, of which the system names no file, is that of `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.filename = str(folder)
+        raise
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -364,7 +376,7 @@ def seed_for(*position: int | str) -> int:
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM arrived, args[0]; the training state is that of a whole step."""
+    """SIGINT, SIGTERM or SIGHUP arrived, args[0]; the training state is that of a whole step."""
 
 
 class RunFailed(Exception):
@@ -376,12 +388,15 @@ class OutOfMemory(RunFailed):
 
 
 class StopSignals:
-    """SIGINT (NNI, Ctrl-C) and SIGTERM (schedulers) are noted here and acted on between two steps."""
+    """SIGINT (NNI, Ctrl-C), SIGTERM (schedulers) and SIGHUP (a terminal that closes) are noted here and acted on
+    between two steps.
+    """
 
     def __init__(self) -> None:
         self.received = 0  # its number
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._note)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+                signal.signal(signum, self._note)
 
     def _note(self, signum: int, _frame: Any) -> None:
         self.received = signum

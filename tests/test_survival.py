@@ -1,5 +1,6 @@
 """What must not lose a run: kills, full disks, damaged and hostile checkpoints, too little GPU memory."""
 
+import errno
 import hashlib
 import io
 import json
@@ -8,6 +9,7 @@ import pickle
 import random
 import signal
 import subprocess
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ import main_vit
 import report_vit
 import setup_vit
 import step_vit
+import utils_vit
 from config_vit import resolve
 from utils_vit import (
     CheckpointError,
@@ -462,6 +465,37 @@ def run_folder(image_folder: Path, run_main: RunMain, tmp_path: Path) -> Path:
     argv = ["--download-dir", image_folder, *TINY, "--model-dir", tmp_path / "run"]
     assert run_main(*argv, "--max-steps", 20, "--checkpoint-steps", 5).status == 0
     return tmp_path / "run"
+
+
+def test_a_resume_of_an_earlier_moment_would_lose_the_later_one(
+    run_folder: Path, run_main: RunMain
+) -> None:
+    before = {file: file.read_bytes() for file in run_folder.iterdir() if file.is_file()}
+    result = run_main("--resume", run_folder / "previous.pth.tar", "--max-steps", 30)
+    assert result.status == 2 and result.stderr.count("\n") == 1
+    assert f"earlier moment than {run_folder}/checkpoint.pth.tar, which" in result.stderr
+    assert before == {file: file.read_bytes() for file in run_folder.iterdir() if file.is_file()}
+    (run_folder / "checkpoint.pth.tar").unlink()
+    assert run_main("--resume", run_folder / "previous.pth.tar", "--max-steps", 30).status == 0
+
+
+def test_a_full_disk_is_no_traceback_of_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """TensorBoard's, which prints one before the next call raises the error for us."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    line = {"epoch": 1, "step": 3, "val_loss": 0.5}
+    recorder = report_vit.Recorder(tmp_path, 0)
+    recorder.epoch(line)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back in the end
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+        with pytest.raises(OSError, match="No space") as raised, utils_vit.full_disk_of(tmp_path):
+            recorder.epoch(line)
+    assert str(tmp_path) in str(raised.value) and capfd.readouterr().err == ""
 
 
 def test_every_flipped_bit_is_noticed(run_folder: Path, tmp_path: Path) -> None:

@@ -625,6 +625,7 @@ def test_resume_of_a_finished_run_changes_nothing(
             signal.SIGINT,
             EVERY_AUGMENTATION | {"batch_size": 2, "epochs": 6, "precision": "bfloat16"},
         ),
+        pytest.param(signal.SIGHUP, {"batch_size": 2, "epochs": 6}, marks=pytest.mark.slow),
         pytest.param(  # all steps of the epoch are done
             signal.SIGTERM, {"batch_size": 1000, "epochs": 30}, marks=pytest.mark.slow
         ),
@@ -654,6 +655,21 @@ def test_stopped_and_resumed_equals_uninterrupted(
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [s.step for s in events.Scalars("val/loss")] == list(range(1, run["epochs"] + 1))
     assert (whole / "results.json").read_text() == (tmp_path / "results.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_leaves_what_nohup_started(
+    images: Path, start_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a process inherits
+    try:
+        with start_main("--download-dir", images, *options(TINY | {"epochs": 3})) as process:
+            next(line for line in process.stdout if line.startswith("epoch   1/"))
+            process.send_signal(signal.SIGHUP)
+            stdout, _ = process.communicate(timeout=30)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert process.returncode == 0 and "stopped" not in stdout
 
 
 @pytest.mark.slow
