@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import secrets
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -185,8 +184,7 @@ def build_cache(
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
             descriptor = os.open(temporary, flags, 0o666)
             # Claim the disk space now, rather than fail after an hour of decoding.
-            size = HEADER_LENGTH + shape[0] * row_length
-            os.posix_fallocate(descriptor, 0, min(size, sys.maxsize))  # more has no disk
+            os.posix_fallocate(descriptor, 0, HEADER_LENGTH + shape[0] * row_length)
         checksums = np.full(shape[0], zlib.crc32(bytes(math.prod(shape[2:]))), "<u4")
 
         def keep(row: int, planes: np.ndarray) -> None:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -146,8 +147,11 @@ def _remove_leftovers(cache_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _room(cache_dir: Path, needed: int, limit: float | None, folder: Path) -> Iterator[None]:
-    """Remove what was not used for longest until `needed` bytes fit the limit. Raises DataError."""
+    """Remove what was not used for longest until `needed` bytes fit the limit. Raises DataError, also if the
+    disk is too small: to find that out by claiming it would take what is left from others.
+    """
     if limit is None:
+        _check_disk(cache_dir, needed, folder)
         yield
         return
     with _locked(cache_dir / "limit.lock", work="making room in the cache"):
@@ -167,7 +171,18 @@ def _room(cache_dir: Path, needed: int, limit: float | None, folder: Path) -> It
                 f"the decoded images of {folder} take {needed / 1e9:,.3g} GB{beside}, and --cache-limit "
                 f"is {limit / 1e9:,.3g}: raise it, or --cache off decodes in every epoch instead"
             )
+        _check_disk(cache_dir, needed, folder)
         yield
+
+
+def _check_disk(cache_dir: Path, needed: int, folder: Path) -> None:
+    disk = shutil.disk_usage(cache_dir)
+    if disk.total and needed > disk.free:  # some file systems of networks know neither
+        raise DataError(
+            f"the decoded images of {folder} take {needed / 1e9:,.3g} GB, and {cache_dir} has "
+            f"{disk.free / 1e9:,.3g} GB free: make room there, give --cache-dir another folder or a smaller "
+            "--image-size, or --cache off"
+        )
 
 
 def remove(file: Path) -> bool:
@@ -200,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.cache_dir = Path(os.path.expanduser(args.cache_dir))
     if not args.cache_dir.is_dir() and args.cache_dir != default_folder():
-        error = f"cache folder {args.cache_dir} does not exist"
+        what = "is not a folder" if args.cache_dir.exists() else "does not exist"
+        error = f"cache folder {args.cache_dir} {what}"
         print(printable(f"cache_vit.py: error: {error}"), file=sys.stderr)
         return 2
     files = sorted(own_files(args.cache_dir, ".npy"), key=last_use)

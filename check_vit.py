@@ -17,7 +17,7 @@ from budget_vit import PBT_MAY_CHANGE
 from check_tuner_vit import check_algorithm, is_batch, quiet
 from command_vit import hides_signals, known_arguments, trial_arguments, without_gpu
 from config_vit import Parser, UsageError, read_yaml, resolve
-from images_vit import DataError
+from images_vit import DataError, not_decoded, printable, size_time_problem
 from space_vit import (
     LIMIT,
     Sample,
@@ -349,7 +349,9 @@ def holds_out(run: Any) -> bool:
 
 def file_errors(runs: list[Any]) -> list[str]:
     """What is wrong with the images, as far as their folders tell, and the checkpoints of the runs."""
-    folders = {(run.download_dir, run.num_classes, bool(run.val_split)) for run in runs}
+    folders = {
+        (run.download_dir, run.num_classes, bool(run.val_split), run.skip_broken) for run in runs
+    }
     files = {run.init_from for run in runs} - {None}
     looks = [(check_images, folder) for folder in sorted(folders, key=str)]
     looks += [(utils_vit.load_checkpoint, (file,)) for file in sorted(files)]
@@ -362,23 +364,37 @@ def file_errors(runs: list[Any]) -> list[str]:
     return [*errors]
 
 
-def check_images(download_dir: Path | None, num_classes: int | None, val_split: bool) -> None:
-    """Lists the images as a run does. Raises DataError."""
+def check_images(
+    download_dir: Path | None, num_classes: int | None, val_split: bool, skip_broken: bool
+) -> None:
+    """Lists the images as a run does, without opening them, and says what is there. Raises DataError."""
     if download_dir is None:
         if num_classes not in (None, 10):
             raise DataError(f"--num-classes is {num_classes}, but the demo has 10 classes")
         return
-    if not os.path.isdir(download_dir):  # Path's own raises where a name is too long
-        raise DataError(f"--download-dir {download_dir} does not exist")
+    data_vit.check_folder(download_dir)
     try:
         folders = data_vit.read_splits(download_dir, num_classes, val_split)
     except OSError as error:
         raise DataError(
             f"--download-dir {download_dir} cannot be listed: {error.filename}: {error.strerror}"
         ) from None
+    train = folders["train"]
+    counts = (f"{len(images.names):,} in {images.folder}" for images in folders.values())
+    names = ", ".join(train.classes[:10]) + ", ..." * (len(train.classes) > 10)
+    say(printable(f"images: {', '.join(counts)}; {len(train.classes)} classes: {names}"))
     if "val" not in folders:
-        train = folders["train"]
         data_vit.hold_out(train.targets, 0.1, 0, train.classes)
+    if not skip_broken:
+        paths = (
+            str(images.path(i)) for images in folders.values() for i in range(len(images.names))
+        )
+        problems = ((path, size_time_problem(path)) for path in paths)
+        broken = [
+            f"{path} ({why or 'empty'})" for path, (size, _, why) in problems if why or not size
+        ]
+        if broken:
+            raise DataError(not_decoded(broken))
 
 
 def check_added(

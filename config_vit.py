@@ -65,7 +65,8 @@ class Parser(argparse.ArgumentParser):
     def unknown(self, name: str) -> UsageError:
         """The error for an option that there is not."""
         valid = sorted(o for action in self._actions for o in action.option_strings[-1:])
-        near = difflib.get_close_matches(name, valid, 1)
+        known = [o for action in self._actions for o in action.option_strings if len(o) > 2]
+        near = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return UsageError(f"unknown parameter {name}{hint}; valid ones: {' '.join(valid)}")
 
@@ -148,7 +149,13 @@ def resolve(
     if sample:
         given |= parser.given_by("NNI's sample", sample)
     if "config" in given:
-        parameters = parser.given_by(str(given["config"]), read_yaml(given["config"]))
+        content = read_yaml(given["config"])
+        if "trialCommand" in content:
+            raise UsageError(
+                f"{given['config']} is an experiment: nnictl create --config starts it, --check looks it "
+                "through; --config here takes the args.yaml of a run"
+            )
+        parameters = parser.given_by(str(given["config"]), content)
         given = what_still_holds(parameters, given) | given
     if "resume" in given:
         given = continue_given(parser, given)

@@ -26,6 +26,7 @@ from images_vit import (
     Pixels,
     check_classes,
     is_folder,
+    most_common,
     not_decoded,
     printable,
     read_image_folder,
@@ -147,6 +148,14 @@ def fingerprint(images: ImageFolder, rows: list[int]) -> str:
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
+def check_folder(download_dir: Path) -> None:
+    """Raises DataError if it is none."""
+    if not os.path.isdir(download_dir):  # Path's own raises where a name is too long
+        there = os.path.exists(download_dir)
+        what = "is a file: unpack it" if there else "does not exist"
+        raise DataError(f"data folder {download_dir} {what}; give --download-dir a folder")
+
+
 def read_splits(
     download_dir: Path, num_classes: int | None, val_split: float | None
 ) -> dict[str, ImageFolder]:
@@ -155,7 +164,8 @@ def read_splits(
     folders = {"train": read_image_folder(download_dir / "train" if has_train else download_dir)}
     classes = folders["train"].classes
     splits = [name for name in classes if name.lower() in SPLIT_NAMES]
-    if not has_train and len(splits) > 1:  # "valid" beside "invalid" is a class
+    divided = any(set(os.listdir(download_dir / name)) & set(classes) for name in splits)
+    if not has_train and (len(splits) > 1 or divided):  # "valid" beside "invalid" is a class
         raise DataError(
             f"{download_dir} has no train/, and {', '.join(splits)} would be classes: call its parts "
             "train, val and test, or move its class folders into train/"
@@ -199,10 +209,7 @@ def open_data(
     DataError.
     """
     try:
-        if not download_dir.is_dir():
-            raise DataError(
-                f"data folder {download_dir} does not exist; give --download-dir one that does"
-            )
+        check_folder(download_dir)
         folders = read_splits(download_dir, num_classes, val_split)
     except OSError as error:
         raise DataError(
@@ -228,8 +235,7 @@ def open_data(
         else:
             notes.append(f"{images.folder} is read from the cache {decoded.file} ({size})")
         if images.ignored:
-            kinds = ", ".join(f"{n} x {kind}" for kind, n in images.ignored.most_common(5))
-            notes.append(f"{images.folder}: files that are not images left out: {kinds}")
+            notes.append(f"{images.folder}: files left out: {most_common(images.ignored)}")
     if broken:
         named = not_decoded(broken)
         if not skip_broken:

@@ -84,7 +84,8 @@ def read_image_folder(folder: Path, classes: list[str] | None = None) -> ImageFo
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}: give one that holds the class folders")
-    found = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and is_folder(p))
+    entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    found = [p.name for p in entries if is_folder(p)]
     if len(found) < 2:
         raise DataError(
             f"data folder {folder} has {len(found)} class folders; "
@@ -94,21 +95,33 @@ def read_image_folder(folder: Path, classes: list[str] | None = None) -> ImageFo
         lacking, besides = set(classes) - set(found), set(found) - set(classes)
         different = [f"it lacks {', '.join(sorted(lacking))}"] if lacking else []
         different += [f"it also has {', '.join(sorted(besides))}"] if besides else []
-        raise DataError(f"{folder} has other classes than train/: {'; '.join(different)}")
+        hint = f" (did you mean {folder / 'test'}?)" if "test" in besides else ""
+        raise DataError(f"{folder} has other classes than train/: {'; '.join(different)}{hint}")
     names, counts, ignored = [], [], Counter()
+    if loose := sum(p.suffix.lower() in IMAGE_EXTENSIONS and p.name not in found for p in entries):
+        ignored["image in no class folder"] = loose
     for name in found:
-        before = len(names)
+        before, others = len(names), Counter()
         for file in files_below(str(folder), name):
             extension = os.path.splitext(file)[1]
             if extension.lower() in IMAGE_EXTENSIONS:
                 names.append(file)
             else:
-                ignored[extension or os.path.basename(file)] += 1
+                others[extension or os.path.basename(file)] += 1
         if len(names) == before:
-            raise DataError(f"class folder {folder / name} has no images (*.jpg, *.png, ...)")
+            holds = f", but {most_common(others)}" if others else ""
+            raise DataError(
+                f"class folder {folder / name} has no images (*.jpg, *.png, ...){holds}"
+            )
+        ignored += others
         counts.append(len(names) - before)
     targets = np.repeat(np.arange(len(found), dtype=np.int64), counts)
     return ImageFolder(folder, found, names, targets, ignored)
+
+
+def most_common(kinds: Counter) -> str:
+    """The five most frequent, each with its number."""
+    return ", ".join(f"{number:,} x {kind}" for kind, number in kinds.most_common(5))
 
 
 def is_folder(path: Path) -> bool:

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--export", type=expanded_path, metavar="FILE", help=".pt2 (torch.export) or .onnx: writes the model, from pixels, uint8 (batch, channels, size, size), to probabilities (batch, classes)")
     # fmt: on
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_intermixed_args(argv)
         if bool(args.images) + bool(args.evaluate) + bool(args.export) != 1:
             raise UsageError("give either images, --evaluate or --export")
         classifier = Classifier(args.model)

@@ -160,7 +160,7 @@ def test_shipped_experiments_pass(file: Path, run_main) -> None:
     result = run_main("--check", file, cwd=REPOSITORY)
     assert not result.stderr
     # The images and GPUs of whoever runs an example need not be here.
-    ours = re.compile(r"--download-dir .* does not exist|(trialGpuNumber|--gpu) ")
+    ours = re.compile(r"data folder .* does not exist|(trialGpuNumber|--gpu) ")
     errors = [text for text in findings(result, "error") if not ours.search(text)]
     assert errors == findings(result, "warning") == []
 
@@ -197,8 +197,8 @@ def test_unknown_key(check) -> None:
         ("lr", {"_value": [1]}, 'does not have "_type"'),
         ("lr", choice(), "should not be empty"),
         ("lr", 0.1, "expect a dict"),
-        ("download_dir", choice("/a"), "--download-dir /a does not exist"),
-        ("download_dir", choice("a\0"), "--download-dir .* does not exist"),
+        ("download_dir", choice("/a"), "data folder /a does not exist"),
+        ("download_dir", choice("a\0"), "data folder .* does not exist"),
         ("init_from", choice("a\0"), "null byte"),
         ("init_from", choice("a" * 300), "File name too long"),
         ("resume", choice("a.pth.tar"), "resume belongs on the command line"),
@@ -317,6 +317,20 @@ def test_trials_of_different_metrics_could_not_be_compared(check) -> None:
     (error,) = findings(result, "error")
     assert error.startswith("trials could not be compared: metric is accuracy or auc")
     assert check(searchSpace={"metric": choice("accuracy"), "lr": choice(1e-3)}).status == 0
+
+
+def test_what_can_be_told_of_the_images(check, image_folder: Path) -> None:
+    """How many there are of what, and what cannot be read; they are not opened."""
+    command = f"{COMMAND} --download-dir {image_folder}"
+    result = check(trialCommand=command)
+    counts = f"images: 40 in {image_folder}/train, 20 in {image_folder}/test; 2 classes: cat, dog\n"
+    assert result.status == 0 and counts in result.stdout
+    (image_folder / "train/cat/e.png").touch()
+    (image_folder / "test/dog/l.png").symlink_to("nowhere")
+    (error,) = findings(check(trialCommand=command), "error")
+    assert error.startswith("2 images cannot be decoded: ")
+    assert "cat/e.png (empty)" in error and "l.png (No such file or directory)" in error
+    assert check(trialCommand=command + " --skip-broken").status == 0
 
 
 @pytest.mark.parametrize("val", [False, True])

@@ -405,7 +405,7 @@ def test_auto_resume_needs_a_folder(run_main) -> None:
 def test_images_too_large_for_any_memory(size: int, image_folder: Path, run_main) -> None:
     argv = ["--download-dir", image_folder, "--image-size", size, "--patch-num", 2]
     result = run_main(*argv)
-    assert result.status == 2 and "cannot be kept" in result.stderr, result.stderr
+    assert result.status == 2 and "GB free: make room" in result.stderr, result.stderr
     assert result.stderr.count("\n") == 1
 
 
@@ -434,11 +434,17 @@ def error_cases(images: Path, folder: Path) -> dict[str, tuple[list[Any], str]]:
         "no such GPU": ([*data, "--gpu", 64], "--gpu 64: torch sees"),
         "unknown parameter": ([*data, "--lrate", 1], "unknown parameter --lrate"),
         "out of range": ([*data, "--dropout", 1.5], "1.5 is not at least 0 and at most 1"),
+        "short name": ([*data, "--lrr", 1], "--lrr (did you mean --lr?)"),
+        "check": ([*data, "--check", "x.yml"], "--check takes no other options"),
         "patches": ([*data, "--patch-num", 3], "3 does not divide image_size 8"),
         "unwritable output": ([*data, "--model-dir", folder / "file" / "x"], "cannot be written"),
         "used output": ([*data, "--model-dir", folder / "used"], "holds a run already"),
         "config is missing": ([*data, "--config", folder / "no.yaml"], "cannot be read"),
         "config is no mapping": ([*data, "--config", folder / "list.yaml"], "not a mapping"),
+        "config is an experiment": (
+            [*data, "--config", REPOSITORY / "config.yml"],
+            "nnictl create",
+        ),
         "config is no YAML": ([*data, "--config", folder / "broken.yaml"], "is not YAML"),
         "resume is missing": ([*data, "--resume", folder / "no.pth.tar"], "no.pth.tar"),
         "resume is foreign": ([*data, "--resume", folder / "used" / "checkpoint.pth.tar"], "used"),
@@ -449,9 +455,9 @@ def error_cases(images: Path, folder: Path) -> dict[str, tuple[list[Any], str]]:
 
 CASES = [
     "wrong path", "a file for a folder", "empty folder", "one class only", "class without images",
-    "class count", "no such GPU", "unknown parameter", "out of range", "patches",
+    "class count", "no such GPU", "unknown parameter", "out of range", "patches", "short name", "check",
     "unwritable output", "used output", "config is missing", "config is no mapping",
-    "config is no YAML", "resume is missing", "resume is foreign", "init-from is missing",
+    "config is no YAML", "config is an experiment", "resume is missing", "resume is foreign", "init-from is missing",
     "init-from is foreign",
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,7 +111,9 @@ def test_listing_nested_hidden_and_linked(tmp_path: Path, make_images: MakeImage
 
 def test_ignored_files_are_noted(image_folder: Path) -> None:
     (image_folder / "train" / "cat" / "a.heic").write_bytes(b"")
-    assert any("1 x .heic" in note for note in open_small(image_folder).notes)
+    shutil.copyfile(image_folder / "train/cat/000.png", image_folder / "train/loose.png")
+    notes = open_small(image_folder).notes
+    assert any("files left out: 1 x image in no class folder, 1 x .heic" in note for note in notes)
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -145,6 +148,12 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path, make_images: MakeImag
     (tmp_path / "data" / "dog").mkdir()
     with pytest.raises(DataError, match="dog has no images"):
         open_small(tmp_path / "data")
+    (tmp_path / "data" / "dog" / "a.heic").touch()
+    with pytest.raises(DataError, match="dog has no images .*, but 1 x .heic"):
+        open_small(tmp_path / "data")
+    (tmp_path / "data.zip").touch()
+    with pytest.raises(DataError, match="data.zip is a file: unpack it"):
+        open_small(tmp_path / "data.zip")
     make_images(tmp_path / "data", ["dog"], 1)
     with pytest.raises(
         DataError, match="class folder dog has 1 image that can be used; .* one each"
@@ -158,6 +167,10 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path, make_images: MakeImag
     (tmp_path / "parts" / "Training").rename(tmp_path / "parts" / "invalid")
     (tmp_path / "parts" / "Testing").rename(tmp_path / "parts" / "valid")
     assert open_small(tmp_path / "parts").classes == ["invalid", "valid"]
+    make_images(tmp_path / "mixed", ["cat", "dog"], 2)
+    make_images(tmp_path / "mixed" / "test", ["cat", "dog"], 2)  # of the classes beside it
+    with pytest.raises(DataError, match="no train/, and test would be classes"):
+        open_small(tmp_path / "mixed")
 
 
 @pytest.mark.parametrize("name", ["valid", "Test"])

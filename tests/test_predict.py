@@ -235,7 +235,8 @@ def test_images_are_taken_in_parts(vit: Path, images: Path, monkeypatch: Any) ->
         (["--export", "{tmp}/no/model.pt2"], "cannot be written: No such file or directory"),
         (["--evaluate", "{images}/none"], "does not exist"),
         (["--evaluate", "{images}/test/cat/001.png"], "is not a folder"),
-        (["--evaluate", "{images}"], "it lacks cat, dog, big, eel; it also has test, train, val"),
+        (["--evaluate", "{images}"], "it also has test, train, val (did you mean {images}/test?)"),
+        (["--export", "model.pt2", "a.png"], "give either images, --evaluate or --export"),
         (["{tmp}"], "has no images"),
     ],
 )
@@ -245,7 +246,7 @@ def test_wrong_use_is_one_line(
     status, out, err = run(vit, *(arg.format(images=images, tmp=tmp_path) for arg in args))
     assert (status, out) == (2, "")
     [line] = err.splitlines()
-    assert line.startswith("predict_vit.py: error: ") and text in line
+    assert line.startswith("predict_vit.py: error: ") and text.format(images=images) in line
 
 
 def test_an_evaluation_without_an_image_is_refused(vit: Path, images: Path, tmp_path: Path) -> None:
