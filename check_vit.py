@@ -1,11 +1,12 @@
 """`main_vit.py --check config.yml`: could this NNI experiment run, and would it search what it says?"""
 
 import contextlib
+import difflib
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,31 @@ def load_experiment(file: Path, found: Findings) -> Any:
             if not isinstance(config.search_space, dict) or not config.search_space:
                 raise ValueError("the search space has no keys")
         except Exception as error:  # NNI's are of every type
-            old = " (older keys need trainingServicePlatform)" * ("have field" in str(error))
-            raise UsageError(f"{file}: {one_line(error)}{old}") from None
+            raise UsageError(f"{file}: {one_line(error)}{hint(error)}") from None
         finally:
             utils.unset_base_path()
     lost = [record.getMessage() for record in records if record.levelno >= logging.ERROR]
     found.warnings += [f"NNI ignores a part of {file}: {text}" for text in lost]
     return config
+
+
+def hint(error: Exception) -> str:
+    """What NNI leaves out of two of its errors."""
+    from nni.experiment import config
+
+    if "could not convert string to float" in str(error):
+        return " (maxExperimentDuration and maxTrialDuration are 30m, 12h or 7d)"
+    if "does not have field" not in str(error):
+        return ""
+    kind, *_, unknown = str(error).split()
+    names = {}  # as NNI compares them -> as its documentation writes them
+    for known in fields(getattr(config, kind, config.ExperimentConfig)):
+        first, *others = known.name.split("_")
+        names[known.name.replace("_", "")] = first + "".join(map(str.title, others))
+    near = difflib.get_close_matches(unknown, names, 1)
+    if near:
+        return f" (did you mean {names[near[0]]}?)"
+    return " (older keys need trainingServicePlatform)"
 
 
 def complete_gpu(config: Any, found: Findings) -> None:
