@@ -13,16 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from images_vit import (
-    ImageFolder,
-    ImageLost,
-    Pixels,
-    decode_again,
-    decode_all,
-    printable,
-    quiet_pillow,
-    size_time_problem,
-)
+from folder_vit import ImageFolder, ImageLost, printable, size_time_problem
+from images_vit import Pixels, decode_again, decode_all, quiet_pillow
 
 CACHE_FORMAT = 6  # to be raised when decoding or the file changes
 HEADER_LENGTH, TAIL_LENGTH = 128, 12  # bytes

@@ -22,14 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from cache_file_vit import CACHE_FORMAT, build_cache, open_cache, read_footer
-from images_vit import (
-    DataError,
-    DecodedImages,
-    ImageFolder,
-    decode_here,
-    printable,
-    size_time_problem,
-)
+from folder_vit import DataError, ImageFolder, printable, size_time_problem
+from images_vit import DecodedImages, decode_here
 
 MODES = ("disk", "memory", "off")
 # Files of pixels and, while they are built, temporary ones. The folder may hold others that are not ours.

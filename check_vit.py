@@ -1,12 +1,9 @@
 """`main_vit.py --check config.yml`: could this NNI experiment run, and would it search what it says?"""
 
 import contextlib
-import difflib
-import logging
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +14,16 @@ import utils_vit
 from budget_vit import PBT_MAY_CHANGE
 from check_tuner_vit import check_algorithm, is_batch, quiet
 from command_vit import hides_signals, known_arguments, trial_arguments, without_gpu
-from config_vit import Parser, UsageError, read_yaml, resolve
-from images_vit import DataError, not_decoded, printable, size_time_problem
+from config_vit import Parser, UsageError, resolve
+from experiment_vit import Findings, load_experiment
+from folder_vit import DataError, not_decoded, printable, size_time_problem
 from space_vit import (
     LIMIT,
     Sample,
     Variants,
     attempt,
     batch_samples,
-    check_json,
     one_line,
-    repeated_keys,
     samples_of,
     spec_errors,
     values_text,
@@ -39,14 +35,6 @@ SHOWN = 5  # messages of a kind that are printed
 NO_RESULT = {"workers", "threads", "cache", "cache_dir", "cache_limit"}
 # Tell which images and checkpoints a run reads; "" is any parameter.
 ABOUT_FILES = {"", "config", "download_dir", "num_classes", "val_split", "init_from"}
-
-
-@dataclass
-class Findings:
-    """With an error the experiment cannot run, or not as it should; with a warning it can."""
-
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 def check(file: Path, parser: Parser) -> int:
@@ -133,72 +121,6 @@ def say(text: str) -> None:
 def shortened(texts: list[str]) -> list[str]:
     """The first few, and how many are left out."""
     return texts[:SHOWN] + [f"... and {len(texts) - SHOWN:,} more like it"] * (len(texts) > SHOWN)
-
-
-# --- the file, as NNI reads it -------------------------------------------------------------------
-
-
-def load_experiment(file: Path, found: Findings) -> Any:
-    """The ExperimentConfig that NNI makes of a YAML file of either schema. Raises UsageError."""
-    content = read_yaml(file)
-    found.warnings += repeated_keys(file)
-    with quiet() as records:
-        from nni.experiment.config import ExperimentConfig, convert, utils
-
-        utils.set_base_path(file.parent)
-        try:
-            if content.get("trainingServicePlatform"):  # the test that nnictl makes
-                content = convert.to_v2(content)
-            config = ExperimentConfig(**content)
-            if config.use_annotation:
-                raise ValueError("useAnnotation ended with NNI 3: give a searchSpaceFile instead")
-            # Of these three NNI would only say which line of its own code failed.
-            if not hasattr(config.training_service, "platform"):
-                raise ValueError("trainingService is missing, a list, or of an unknown platform")
-            complete_gpu(config, found)
-            check_json(file.parent, config.search_space_file)
-            config = config.canonical_copy()
-            if config.search_space_file:
-                found.warnings += repeated_keys(Path(config.search_space_file))
-            if not isinstance(config.search_space, dict) or not config.search_space:
-                raise ValueError("the search space has no keys")
-        except Exception as error:  # NNI's are of every type
-            raise UsageError(f"{file}: {one_line(error)}{hint(error)}") from None
-        finally:
-            utils.unset_base_path()
-    lost = [record.getMessage() for record in records if record.levelno >= logging.ERROR]
-    found.warnings += [f"NNI ignores a part of {file}: {text}" for text in lost]
-    return config
-
-
-def hint(error: Exception) -> str:
-    """What NNI leaves out of two of its errors."""
-    from nni.experiment import config
-
-    if "could not convert string to float" in str(error):
-        return " (maxExperimentDuration and maxTrialDuration are 30m, 12h or 7d)"
-    if "does not have field" not in str(error):
-        return ""
-    kind, *_, unknown = str(error).split()
-    names = {}  # as NNI compares them -> as its documentation writes them
-    for known in fields(getattr(config, kind, config.ExperimentConfig)):
-        first, *others = known.name.split("_")
-        names[known.name.replace("_", "")] = first + "".join(map(str.title, others))
-    near = difflib.get_close_matches(unknown, names, 1)
-    if near:
-        return f" (did you mean {names[near[0]]}?)"
-    return " (older keys need trainingServicePlatform)"
-
-
-def complete_gpu(config: Any, found: Findings) -> None:
-    """NNI ends at once for want of useActiveGpu; said here, so that the rest can be judged too."""
-    service = config.training_service
-    asked = isinstance(config.trial_gpu_number, int) and config.trial_gpu_number
-    if asked and getattr(service, "use_active_gpu", True) is None:
-        found.errors.append(
-            "trialGpuNumber (gpuNum) needs useActiveGpu in NNI 3.0, or leave it out"
-        )
-        service.use_active_gpu = True
 
 
 # --- the search space ----------------------------------------------------------------------------

@@ -19,11 +19,9 @@ from torch import Tensor
 from augment_vit import Augmentation, Epoch, send, to_float
 from cache_file_vit import CachedPixels
 from cache_vit import decode_folder
-from images_vit import (
+from folder_vit import (
     DataError,
-    DecodingPixels,
     ImageFolder,
-    Pixels,
     check_classes,
     is_folder,
     most_common,
@@ -31,6 +29,7 @@ from images_vit import (
     printable,
     read_image_folder,
 )
+from images_vit import DecodingPixels, Pixels
 
 DEMO_FOLDER = Path("dataset/digits")
 # Folders of these names beside each other are parts of a data set, hardly its classes.

@@ -35,7 +35,7 @@ import step_vit
 import utils_vit
 from config_vit import UsageError, resolve
 from distributed_vit import RankLost
-from images_vit import DataError, ImageLost
+from folder_vit import DataError, ImageLost
 from options_vit import make_parser
 from utils_vit import CheckpointError, OutOfMemory, RunFailed, Stopped, StopSignals, TrainingState
 

@@ -30,18 +30,18 @@ import utils_vit
 import vit
 from config_vit import ARCH_DEFAULTS, Parser, UsageError, expanded_path, model_sizes
 from data_vit import Split, batches
-from images_vit import (
+from folder_vit import (
     IMAGE_EXTENSIONS,
     DataError,
     ImageFolder,
     check_classes,
-    decode_here,
     files_below,
     not_decoded,
     printable,
     read_image_folder,
     size_time_problem,
 )
+from images_vit import decode_here
 from options_vit import make_parser
 from utils_vit import CheckpointError
 

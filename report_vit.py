@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data_vit import Data
-from images_vit import printable
+from folder_vit import printable
 from utils_vit import json_object, replace_file
 
 # Direction in which a metric improves; accuracies are in percent, AUC in 0 to 1.

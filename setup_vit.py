@@ -25,7 +25,7 @@ import step_vit
 import utils_vit
 import vit
 from config_vit import UsageError, differences, model_sizes, saved_parameters
-from images_vit import DataError
+from folder_vit import DataError
 from options_vit import make_parser
 from utils_vit import CheckpointError, TrainingState
 

@@ -1,16 +1,12 @@
 """NNI's search spaces: the samples that a tuner can draw from one, enumerated for `--check`."""
 
 import itertools
-import json
 import math
 import random
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from config_vit import UsageError
 from utils_vit import CheckpointError
@@ -111,42 +107,6 @@ def values_text(spec: Any) -> str:
 
 
 # --- what NNI would not take -------------------------------------------------------------------------
-
-
-def repeated_keys(file: Path) -> list[str]:
-    """A warning for each key that a mapping in a YAML or JSON file has more than once."""
-    try:
-        nodes = [yaml.compose(file.read_text().replace("\t", " "), yaml.SafeLoader)]
-    except yaml.YAMLError:  # JSON that is not YAML
-        return []
-    warnings, seen = [], set()
-    while nodes:
-        node = nodes.pop()
-        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-            continue
-        seen.add(id(node))  # aliases
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-            continue
-        nodes += [value for _, value in node.value]
-        counts = Counter(str(key.value) for key, _ in node.value)
-        warnings += [
-            f"{file.name} has {name} {count} times in one mapping: only the last one counts"
-            for name, count in counts.items()
-            if count > 1
-        ]
-    return warnings
-
-
-def check_json(folder: Path, name: Any) -> None:
-    """Raises ValueError that says where a search space is not JSON; NNI says it of YAML, at length."""
-    if name and Path(name).suffix == ".json":
-        try:
-            json.loads((folder / Path(name).expanduser()).read_text())
-        except OSError as error:
-            raise ValueError(f"searchSpaceFile {name} cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"searchSpaceFile {name} is not JSON: {error}") from None
 
 
 def spec_errors(name: str, spec: Any) -> Iterator[str]:

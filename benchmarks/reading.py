@@ -22,7 +22,8 @@ from PIL import Image
 from timed import hardware
 
 import cache_vit
-from images_vit import ImageFolder, decode_image, read_image_folder
+from folder_vit import ImageFolder, read_image_folder
+from images_vit import decode_image
 
 
 def with_pillow(path: Path, size: int) -> np.ndarray:

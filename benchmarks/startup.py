@@ -23,7 +23,7 @@ from timed import hardware
 import cache_file_vit
 import cache_vit
 from data_vit import DEMO_FOLDER
-from images_vit import read_image_folder
+from folder_vit import read_image_folder
 
 # Prints what it has done since the process began, in seconds; it ends before the first step would be over.
 RUN = """

@@ -20,7 +20,8 @@ import data_vit
 from cache_file_vit import CachedPixels
 from cache_vit import DecodedImages, decode_folder
 from data_vit import Resident, Split, batches, keep_on_device
-from images_vit import DataError, decode_image, read_image_folder
+from folder_vit import DataError, read_image_folder
+from images_vit import decode_image
 
 REPOSITORY = Path(data_vit.__file__).parent
 CPU = torch.device("cpu")
@@ -145,7 +146,7 @@ import sys
 import threading
 from pathlib import Path
 from cache_vit import decode_folder
-from images_vit import read_image_folder
+from folder_vit import read_image_folder
 folder = Path(sys.argv[1])
 decoded = decode_folder(read_image_folder(folder), 16, 3, folder.parent / "cache", 1)
 print("open", flush=True)
@@ -264,7 +265,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from cache_vit import decode_folder
-from images_vit import read_image_folder
+from folder_vit import read_image_folder
 def counter(file, name):
     return int(Path(f"/proc/self/{file}").read_text().split(name + ":")[1].split()[0])
 folder = Path(sys.argv[1])

@@ -19,7 +19,8 @@ import data_vit
 from augment_vit import FLIPS, Augmentation
 from cache_vit import DecodedImages, decode_folder
 from data_vit import Split, batches, hold_out, make_digits, open_data, training_batches
-from images_vit import DataError, decode_image, read_image_folder
+from folder_vit import DataError, read_image_folder
+from images_vit import decode_image
 
 REPOSITORY = Path(data_vit.__file__).parent
 CPU = torch.device("cpu")
@@ -445,7 +446,7 @@ def test_a_lack_of_memory_is_not_the_images_fault(image_folder: Path) -> None:
         import resource, sys
         from pathlib import Path
         from cache_vit import decode_folder
-        from images_vit import DataError, read_image_folder
+        from folder_vit import DataError, read_image_folder
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**27,) * 2)  # the image takes 144 MB
         try:
@@ -464,7 +465,7 @@ def test_eight_processes_build_a_cold_cache_once(image_folder: Path) -> None:
         import sys, time
         from pathlib import Path
         from cache_vit import decode_folder
-        from images_vit import read_image_folder
+        from folder_vit import read_image_folder
         folder, start = Path(sys.argv[1]), float(sys.argv[2])
         images = read_image_folder(folder)
         print("ready", flush=True)

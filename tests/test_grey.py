@@ -13,7 +13,8 @@ from PIL import Image
 
 import images_vit
 from cache_vit import MODES, decode_folder
-from images_vit import DataError, DecodedImages, decode_image, decode_planes, read_image_folder
+from folder_vit import DataError, read_image_folder
+from images_vit import DecodedImages, decode_image, decode_planes
 from vit import ViT, build_model
 
 RUN = [

@@ -25,7 +25,8 @@ from PIL import Image
 import data_vit
 import images_vit
 from cache_vit import DecodedImages, decode_folder
-from images_vit import DataError, ImageFolder, decode_image, read_image_folder
+from folder_vit import DataError, ImageFolder, read_image_folder
+from images_vit import decode_image
 
 REPOSITORY = Path(data_vit.__file__).parent
 MakeImages = Callable[..., Path]
