@@ -385,7 +385,12 @@ def start_from(state: TrainingState, args: argparse.Namespace, classes: list[str
     file = args.init_from
     saved = distributed_vit.from_rank_0(lambda: utils_vit.load_checkpoint(file))
     try:
-        for name in ("arch", "vt_heads", "dim_head"):  # weights of other heads have the same shapes
+        for name in (
+            "arch",
+            "vt_heads",
+            "dim_head",
+            "pool",
+        ):  # others can have weights of the same shapes
             own, other = getattr(args, name), saved["args"].get(name)
             if own != other:
                 raise ValueError(f"{name} is {own} here and {other} in the checkpoint")

@@ -279,7 +279,7 @@ def load_pretrained(model: nn.Module, weights: dict[str, Tensor], same_classes: 
     """Copy the weights of another run into `model`; returns a line for each that could not stay as it was.
 
     For other classes the head stays fresh; for another image size the position embedding is resampled.
-    Raises ValueError if any other weight is missing or of another shape.
+    Raises ValueError if any other weight is missing, left over or of another shape.
     """
     changes, own = [], model.state_dict()
     for name, value in own.items():
@@ -294,6 +294,9 @@ def load_pretrained(model: nn.Module, weights: dict[str, Tensor], same_classes: 
             there = "missing" if old is None else f"{list(old.shape)}"
             raise ValueError(f"{name} is {list(value.shape)} here and {there} in the checkpoint")
         own[name] = old
+    surplus = [name for name in weights if name not in own and name.split(".")[0] not in HEADS]
+    if surplus:
+        raise ValueError(f"{surplus[0]} and others are in the checkpoint and not here")
     model.load_state_dict(own)
     return changes
 

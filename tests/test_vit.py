@@ -314,7 +314,9 @@ def test_load_pretrained_of_other_architectures(arch: str) -> None:
     assert target(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
-@pytest.mark.parametrize("change", [{"dim": 32}, {"depth": 3}, {"channels": 1}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"dim": 32}, {"depth": 3}, {"depth": 1}, {"channels": 1}], ids=str
+)
 def test_load_pretrained_refuses_other_models(change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="in the checkpoint"):
         load_pretrained(ViT(**SMALL | change), ViT(**SMALL).state_dict(), same_classes=True)
