@@ -6,7 +6,7 @@ into, nor the process that trains on it, nor a resume changes what it looks like
 `grid_sample` a batch, in which edges are continued; colours, erasing and mixing come after it.
 torchvision's transforms draw once a call and from one global generator, so they need a loop over the
 samples, seeded for each; benchmarks/augment.py compares: the batch is many times as fast for small images, on
-a CPU about even for large ones under crop or RandAugment alone.
+a CPU about even for large ones without affine.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def send(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 class Epoch:
-    """The order of an epoch's samples and what each goes through; every array has a row for each sample."""
+    """The order of an epoch's samples and what each goes through; each array holds every sample's draws."""
 
     def __init__(self, augmentation: Augmentation, samples: int, size: int, seed: int) -> None:
         """Draw for `samples` images of `size` x `size` pixels; `seed` stands for the run and the epoch."""
@@ -214,7 +214,7 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
 
 
 def erased_boxes(draws: np.ndarray, size: int) -> np.ndarray:
-    """Random erasing (Zhong et al. 2020): 2 to 33 % of the area, ratios up to 3.3; boxes as `inside` takes."""
+    """Random erasing (Zhong et al. 2020): 2 to 33 % of the area, ratios up to 3.3, to whole pixels; boxes as `inside` takes."""
     sides = size * rectangles(0.02 + 0.31 * draws[0], 3.3, draws[1])
     sides = np.clip(sides.round(), 1, size).astype(int)
     starts = (draws[2:] * (size - sides + 1)).astype(int)

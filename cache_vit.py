@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -201,10 +202,12 @@ def default_folder() -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """List or clear; returns the exit status, 1 if something could not be removed, 2 for bad input."""
+    """List or clear; returns the exit status, 1 if a NAME is not there or could not be removed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="cache_vit.py", description=__doc__.splitlines()[0])
     parser.add_argument("command", nargs="?", choices=("list", "clear"), default="list")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="as listed; all without one")
+    parser.add_argument(
+        "names", nargs="*", type=not_empty, metavar="NAME", help="as listed; all without one"
+    )
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", default=default_folder())
     args = parser.parse_args(argv)
     args.cache_dir = Path(os.path.expanduser(args.cache_dir))
@@ -233,6 +236,13 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
+def not_empty(name: str) -> str:
+    """An argparse type: an empty name, of a variable of the shell that is not set, would stand for all."""
+    if not name:
+        raise argparse.ArgumentTypeError("an empty name")
+    return name
+
+
 def last_use(file: Path) -> float:
     """Seconds since 1970; 0 if the file is gone meanwhile."""
     try:
@@ -257,4 +267,5 @@ def describe(file: Path) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # cache_vit.py | head
     sys.exit(main())

@@ -65,7 +65,8 @@ def decode_planes(path: Path, size: int, channels: int) -> np.ndarray:
                 raise ValueError(
                     f"pixels of 32 bits up to {high} have no defined range: of 8 or of 16 bits"
                 )
-            image = Image.fromarray((pixels >> 8).astype(np.uint8))
+            clear = image.info.get("transparency")  # of a PNG, one value
+            image = Image.fromarray(np.where(pixels == clear, 255, pixels >> 8).astype(np.uint8))
         elif image.mode == "F":
             raise ValueError("floating-point pixels have no defined range")
         if image.has_transparency_data:

@@ -390,6 +390,8 @@ def nni_metrics(line: dict[str, Any], metric: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    if "--check" in sys.argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # main_vit.py --check config.yml | head
     status = main()
     gc.freeze()  # else Python looks through all objects of torch once more at its end: half a second
     sys.exit(status)

@@ -32,7 +32,7 @@ def make_parser() -> Parser:
     add("--skip-broken", action="store_true", help="leave out images that cannot be decoded, instead of ending")
     add("--cache-dir", type=expanded_path, metavar="DIR", help="where decoded images are kept for later runs (default: ~/.cache/vit-nni)")
     add("--cache", choices=cache_vit.MODES, default="disk", help="keep decoded images on disk, for all runs, or in memory, for this one, or decode them in every epoch (default: %(default)s)")
-    add("--cache-limit", type=number(float, 0, above=True), metavar="GB", help="most that --cache-dir may hold: what was not used for longest makes room (default: what the disk has)")
+    add("--cache-limit", type=number(float, 0, above=True), metavar="GB", help="most that --cache-dir may hold when images are decoded into it: what was not used for longest makes room (default: what the disk has)")
     add("--workers", type=number(int, 1, 1024), metavar="N", help="threads that decode images (default: the cores that this process may use; with --cache off its share of them)")
 
     add = parser.add_argument_group("model").add_argument

@@ -403,7 +403,7 @@ class StopSignals:
 
 
 def end_by_signal(signum: int) -> None:
-    """End as the signal would have: shells see status 130 or 143, NNI shows the trial as canceled."""
+    """End as the signal would have: shells see status 130, 143 or 129, NNI shows the trial as canceled."""
     logging.shutdown()
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)

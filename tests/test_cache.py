@@ -183,6 +183,9 @@ def test_list_and_clear(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert cache_vit.main(["--cache-dir", str(cache)]) == 2
     assert capsys.readouterr().err == f"cache_vit.py: error: cache folder {cache} does not exist\n"
     cache.mkdir()
+    with pytest.raises(SystemExit, match="2"):  # a variable that is not set is not all
+        cache_vit.main(["clear", "", "--cache-dir", str(cache)])
+    assert capsys.readouterr().err.endswith("argument NAME: an empty name\n")
     assert cache_vit.main(["--cache-dir", str(cache)]) == 0
     assert capsys.readouterr().out == ""
     names = [decode(folder, size).file.stem for size in (8, 16)]

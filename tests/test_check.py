@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -847,3 +850,11 @@ def test_nothing_of_nni_is_printed_and_nothing_is_written(tmp_path: Path, run_ma
     result = run_main("--check", REPOSITORY / "config.yml", process=True)
     assert (result.status, result.stderr) == (0, "")
     assert not list(result.cwd.iterdir())
+
+
+def test_a_report_of_which_not_all_is_read(tmp_path: Path) -> None:
+    command = [sys.executable, REPOSITORY / "main_vit.py", "--check", REPOSITORY / "config.yml"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (-signal.SIGPIPE, b"")

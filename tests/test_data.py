@@ -224,6 +224,12 @@ RED, WHITE = [255, 0, 0], [255, 255, 255]
 GREY_OF_RED = 76  # ITU-R 601: 0.299 * 255
 
 
+def clear_16_bit() -> Image.Image:
+    image = Image.fromarray(np.full((6, 6), 40_000, np.uint16))
+    image.info["transparency"] = 40_000
+    return image
+
+
 def paletted(transparent: bool) -> Image.Image:
     image = Image.new("P", (6, 6), 1)
     image.putpalette([0, 0, 255, *RED])
@@ -251,6 +257,7 @@ def paletted(transparent: bool) -> Image.Image:
         (Image.new("1", (6, 6), 1), "png", WHITE, 255),
         (Image.new("1", (6, 6), 0), "tif", [0] * 3, 0),
         (Image.fromarray(np.full((6, 6), 40_000, np.uint16)), "png", [156] * 3, 156),
+        (clear_16_bit(), "png", WHITE, 255),
         (Image.fromarray(np.full((6, 6), 40_000, np.uint16)), "tif", [156] * 3, 156),
         (Image.fromarray(np.full((6, 6), 40_000, np.int32)), "tif", [156] * 3, 156),
         (Image.fromarray(np.zeros((6, 6), np.int32)), "tif", [0] * 3, 0),
