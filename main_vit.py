@@ -145,7 +145,7 @@ def main_worker(
         limit = "--max-steps" if total_steps == args.max_steps else limit
         log.info(f"this run is finished: {output}/results.json; {limit} makes it longer")
         if trial:
-            trial.finish(nni_metrics(state.best, args.metric))
+            trial.finish(nni_metrics(handed_on(args, state, output), args.metric))
         return
     # Only whole epochs that a checkpoint knows of keep their line; any other will be run again.
     whole_epochs = state.validated // steps_per_epoch * steps_per_epoch
@@ -210,7 +210,7 @@ def main_worker(
     for line in report_vit.results_text(results, output):
         log.info(line)
     if trial:
-        trial.finish(nni_metrics(state.best, args.metric))
+        trial.finish(nni_metrics(handed_on(args, state, output), args.metric))
 
 
 def one_epoch(
@@ -381,6 +381,11 @@ def results_of(
         "device": str(device),
         "torch": torch.__version__,
     }
+
+
+def handed_on(args: argparse.Namespace, state: TrainingState, output: Path) -> dict[str, Any]:
+    """The epoch of the model that others take from this run: the best, but for PBT the last."""
+    return report_vit.lines_of(output)[-1] if args.save_checkpoint_dir else state.best
 
 
 def nni_metrics(line: dict[str, Any], metric: str) -> dict[str, float]:

@@ -189,6 +189,13 @@ def has_results(folder: Path, steps: int) -> bool:
     return file.exists() and json_object(file.read_bytes()).get("steps") == steps
 
 
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a crash can leave half a line, which is left out."""
+    file = folder / "metrics.jsonl"
+    text = file.read_bytes() if file.exists() else b""
+    return [line for line in map(json_object, text.splitlines()) if line]
+
+
 class Recorder:
     """The files of one run that are not checkpoints: metrics.jsonl, tensorboard/, results.json, pictures."""
 
@@ -196,9 +203,7 @@ class Recorder:
         """Goes on after optimizer step `step`: lines of later ones, which will be run again, are dropped."""
         self.folder = folder
         self.file = folder / "metrics.jsonl"
-        text = self.file.read_bytes() if self.file.exists() else b""
-        lines = filter(None, map(json_object, text.splitlines()))  # a crash can leave half a line
-        self.lines = [line for line in lines if line.get("step", math.inf) <= step]
+        self.lines = [line for line in lines_of(folder) if line.get("step", math.inf) <= step]
         replace_file(self.file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self.tensorboard: Any = None
 

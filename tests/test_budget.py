@@ -232,7 +232,7 @@ def run_trials(advisor: Any, count: int, failing: float = 0) -> Iterator[tuple[d
         yield job, succeeds
 
 
-@pytest.mark.parametrize("failing", [0, 0.4, 1])
+@pytest.mark.parametrize("failing", [0, 0.4, 0.7, 0.9, 1])
 @pytest.mark.parametrize(("tuner", "arguments"), ADVISORS)
 def test_a_bracket_survives_its_trials(tuner: str, arguments: dict, failing: float) -> None:
     """There is always a next trial, and what is promoted has succeeded in the round before."""

@@ -176,6 +176,9 @@ def test_pbt_goes_on_from_checkpoints(images: Path) -> None:
             assert state["args"]["stop_epoch"] == 2 * (step + 1)
             curve = running.get(f"metric-data/{trial['trialJobId']}?type=PERIODICAL")
             assert [metric["sequence"] for metric in curve] == [0, 1]  # the page crashes else
+            # Of the model that is handed on, not of the best of the share.
+            (final,) = running.get(f"metric-data/{trial['trialJobId']}?type=FINAL")
+            assert final["data"] == curve[-1]["data"]
             assert state["args"]["lr"] == parameters["lr"]
             assert {group["lr"] for group in state["optimizer"]["param_groups"]} == {
                 parameters["lr"]

@@ -195,6 +195,16 @@ def answers(host: str, port: int) -> bool:
     return True
 
 
+def upgrades(port: int, headers: dict[str, str]) -> bool:
+    """Whether NNI takes a WebSocket of a trial."""
+    lines = ["GET /env/x HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    lines += ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
+    lines += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "", ""]
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall("\r\n".join(lines).encode())
+        return client.recv(12) == b"HTTP/1.1 101"
+
+
 @pytest.mark.slow
 def test_page_and_tensorboard_are_for_this_machine_only(tmp_path: Path) -> None:
     """Every other address of this machine refuses; TensorBoard serves the curves of the trial."""
@@ -227,6 +237,15 @@ trial.finish(metrics)
         tags = f"http://127.0.0.1:{tensorboard}/data/plugin/scalars/tags"
         curves = running.until(lambda: requests.get(tags, timeout=10).json(), 30)
         assert [list(curve) for curve in curves.values()] == [["accuracy"]]
+        # A page of another site asks by its own name, given this address, or says where it is from.
+        own, other = f"localhost:{running.port}", f"else.example:{running.port}"
+        for headers, allowed in [
+            ({"Host": own}, True), ({"Host": own, "Origin": f"http://{own}"}, True),
+            ({"Host": other}, False), ({"Host": own, "Origin": f"http://{other}"}, False),
+        ]:  # fmt: skip
+            got = requests.get(f"{running.url}/api/v1/nni/trial-jobs", headers=headers, timeout=10)
+            assert got.status_code == (200 if allowed else 403), headers
+            assert upgrades(running.port, headers) == allowed, headers
 
 
 def test_loopback_in_a_folder_with_a_space(tmp_path: Path) -> None:

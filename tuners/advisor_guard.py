@@ -88,8 +88,10 @@ class Guard:
         if data["event"] != "SUCCEEDED":
             candidates.pop(parameter_id, None)
         if bracket.num_finished_configs[i] + 1 >= bracket.num_configs_to_run[i]:
-            # NNI takes the best n / eta ** round of the candidates, of which there may be fewer.
-            bracket.n = min(bracket.n, len(candidates) * bracket.eta**bracket.i)
+            # NNI takes the best n / eta ** round of the candidates, of which there may be fewer; one at
+            # least, for a round without a trial never ends.
+            scale = bracket.eta**bracket.i
+            bracket.n = min(max(bracket.n, scale), len(candidates) * scale)
             bracket.no_more_trial = bracket.no_more_trial or not candidates
         super().handle_trial_end(data)
 

@@ -61,6 +61,8 @@ def near(
         return anywhere if rng.random() < width else centre
     if spec.normal_distributed:
         return rng.normal(centre, spec.sigma * width)
+    if spec.q is not None and rng.random() < width:
+        return anywhere  # in a neighbourhood of less than a step there is only the centre
     centre = min(max(centre, spec.low), spec.high)  # of a space that has become smaller, say
     reach = (spec.high - spec.low) * width / 2
     return rng.uniform(max(spec.low, centre - reach), min(spec.high, centre + reach))

@@ -19,6 +19,9 @@ except ModuleNotFoundError as error:
     ) from None
 
 
+random_config = nni_dngo._random_config
+
+
 class Dngo(Robust, nni_dngo.DNGOTuner):
     """Spaces of numbers only. The model is asked from `trials_per_update` results on."""
 
@@ -38,6 +41,17 @@ class Dngo(Robust, nni_dngo.DNGOTuner):
         self._sign = 1.0 if optimize_mode == "maximize" else -1.0
         self._seed = seed
         self._values: list[float] = []
+        nni_dngo._random_config = self._new_config
+
+    def _new_config(self, space: dict[str, Any], state: np.random.RandomState) -> dict[str, Any]:
+        """A random candidate that was not suggested yet, where there is one: until the model is trained again
+        the best of all is the same.
+        """
+        for _ in range(20):
+            config = random_config(space, state)
+            if self._is_new(config):
+                break
+        return config
 
     def _new_space(self, space: dict[str, Any]) -> None:
         # NNI's trains on the keys in order and predicts on them as they come.

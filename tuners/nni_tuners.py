@@ -29,7 +29,6 @@ class GridSearch(Robust, GridSearchTuner):
 
     def __init__(self, optimize_mode: str | None = None) -> None:
         super().__init__(optimize_mode)
-        self._tried: set[Any] = set()
 
     def _new_space(self, space: dict[str, Any]) -> None:
         self.space = self._specs
@@ -38,28 +37,18 @@ class GridSearch(Robust, GridSearchTuner):
 
     def _propose(self, parameter_id: int) -> dict[str, Any]:
         # NNI's own compares JSON, in which 4 and 4.0 differ: after a resume it would repeat itself.
-        while True:
-            parameters = super()._propose(parameter_id)
-            key = frozen(cleaned(parameters, self._search_space))
-            if key not in self._tried:
-                self._tried.add(key)
-                return parameters
+        while not self._is_new(parameters := super()._propose(parameter_id)):
+            pass
+        return parameters
 
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
-        self._under_way(parameters)
-
-    def _under_way(self, parameters: dict[str, Any]) -> None:
-        self._tried.add(frozen(parameters))
+        """A grid learns nothing."""
 
 
 class Batch(Robust, BatchTuner):
     """Every combination of the list once; NNI's leaves some out and repeats others after a resume."""
 
     types = ("choice",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._tried: list[dict[str, Any]] = []
 
     def _check_types(self, search_space: dict[str, Any]) -> None:
         super()._check_types(search_space)
@@ -71,17 +60,13 @@ class Batch(Robust, BatchTuner):
         return any(parameters in spec["_value"] for spec in self._search_space.values())
 
     def _propose(self, parameter_id: int) -> dict[str, Any]:
-        left = [value for value in self._values if value not in self._tried]
+        left = [value for value in self._values if self._is_new(value)]
         if not left:
             raise nni.NoMoreTrialError
-        self._tried.append(left[0])
         return left[0]
 
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
-        self._under_way(parameters)
-
-    def _under_way(self, parameters: dict[str, Any]) -> None:
-        self._tried.append(parameters)
+        """A list learns nothing."""
 
 
 class Evolution(Robust, EvolutionTuner):
@@ -110,7 +95,16 @@ class Evolution(Robust, EvolutionTuner):
         # NNI's refuses, and loses count, where more trials run at a time than the population has.
         if not self.population:
             self._random_generate_individual()
-        return self._generate_individual(parameter_id)
+        for _ in range(20):  # it often mutates a key to the value that it had
+            before = self.population.copy()
+            parameters = self._generate_individual(parameter_id)
+            if self._is_new(parameters):
+                break
+            if any(one.result is None for one in before):
+                self._random_generate_individual()
+            else:
+                self.population = before
+        return parameters
 
     def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
         if parameter_id in self.running_trials:  # else its end came first and replaced it

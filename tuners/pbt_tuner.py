@@ -38,6 +38,9 @@ class PBT(pbt_tuner.PBTTuner):
         fraction: float = 0.2,
         seed: int | None = None,
     ) -> None:
+        if all_checkpoint_dir and (own := os.getenv("NNI_CHECKPOINT_DIRECTORY")):
+            # In a folder that other experiments were given too the first step would go on from theirs.
+            all_checkpoint_dir = os.path.join(all_checkpoint_dir, Path(own).parent.name)
         super().__init__(
             optimize_mode,
             all_checkpoint_dir,
@@ -127,10 +130,11 @@ class PBT(pbt_tuner.PBTTuner):
         for trial in members:
             if trial not in kept and tops:
                 top = tops[np.random.randint(len(tops))]
-                exploit_and_explore(
-                    trial, top, self.factor, self.resample_probability, self.epoch,
-                    self.searchspace_json,
-                )  # fmt: skip
+                # Its own draws of new values cannot be seeded.
+                exploit_and_explore(trial, top, self.factor, 0, self.epoch, self.searchspace_json)
+                for name, value in self.new_values().items():
+                    if random.random() < self.resample_probability:
+                        trial.hyper_parameters[name] = value
             elif not tops:  # all failed: other values, from what each of them last went on from
                 trial.clean_id()
                 new = os.path.join(trial.checkpoint_dir, str(self.epoch))

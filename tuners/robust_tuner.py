@@ -40,6 +40,7 @@ class Robust(Tuner):
         self._suggested: dict[int, dict[str, Any]] = {}
         self._told: set[int] = set()
         self._ended: set[int] = set()
+        self._tried: set[Hashable] = set()  # what was suggested, before a resume too
         self._search_space: dict[str, Any] = {}  # as it was given
         self._specs: dict[Any, Any] = {}  # in NNI's internal form
         self._ending: threading.Thread | None = None
@@ -88,7 +89,12 @@ class Robust(Tuner):
                 raise nni.NoMoreTrialError("all but what is most unlikely was tried") from None
             parameters = cleaned(proposed, self._search_space)
             self._suggested[parameter_id] = parameters
+            self._tried.add(frozen(parameters))
             return parameters
+
+    def _is_new(self, proposed: Any) -> bool:
+        """Whether no trial had these parameters yet: with the same seed it would give the same result."""
+        return frozen(cleaned(proposed, self._search_space)) not in self._tried
 
     def generate_multiple_parameters(
         self, parameter_id_list: list[int], **kwargs: Any
@@ -135,13 +141,15 @@ class Robust(Tuner):
             for trial in data:
                 trial = nni.load(trial) if isinstance(trial, str) else trial
                 number, parameters = finite_number(trial.get("value")), trial.get("parameter")
-                fits = self._fits(parameters)
-                if fits and number is not None:
-                    self._replay(parameters, number)
-                elif fits and "under_way" in trial:
-                    self._under_way(parameters)
-                else:
+                known = number is not None or "under_way" in trial
+                if not known or not self._fits(parameters):
                     log.warning("not imported: %r", trial)
+                    continue
+                self._tried.add(frozen(parameters))
+                if number is not None:
+                    self._replay(parameters, number)
+                else:
+                    self._under_way(parameters)
             if resumes:  # first of all, and not once more when trials end that go on after it
                 # With random numbers that it had before, a tuner would suggest the same again.
                 self._reseed(len(data))
