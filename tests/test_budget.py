@@ -253,6 +253,27 @@ def test_a_bracket_survives_its_trials(tuner: str, arguments: dict, failing: flo
         assert budgets[1] > budgets[9]
 
 
+@pytest.mark.parametrize("tuner", ["hyperband_tuner.Hyperband", "bohb_tuner.BOHB"])
+def test_two_of_a_first_round_are_left(tuner: str) -> None:
+    """One of them comes to the full budget, and the next bracket begins."""
+    name = "R" if "Hyperband" in tuner else "max_budget"
+    advisor, budgets = make(tuner, seed=0, **{name: 9}), Counter()
+    for number in range(40):
+        assert advisor.sent, f"no trial is left after {number}"
+        job = advisor.sent.pop(0)
+        first = job["parameter_id"].split("_")[1] == "0"
+        fails = number < 9 and first and number >= 2
+        budgets[job["parameters"]["TRIAL_BUDGET"]] += 1
+        if not fails:
+            report = {"parameter_id": job["parameter_id"], "value": json.dumps(number)}
+            report |= {"type": "FINAL", "sequence": 0, "trial_job_id": f"trial{number}"}
+            advisor.handle_report_metric_data(report)
+        end = {"event": "FAILED" if fails else "SUCCEEDED", "trial_job_id": f"trial{number}"}
+        advisor.handle_trial_end(end | {"hyper_params": json.dumps(job)})
+        advisor.handle_request_trial_jobs(1)
+    assert budgets[9] >= 1, budgets
+
+
 @pytest.mark.parametrize(("tuner", "arguments"), ADVISORS)
 def test_a_seed_repeats_the_trials(tuner: str, arguments: dict) -> None:
     runs = [
@@ -397,6 +418,28 @@ def test_a_population_of_which_no_share_is_replaced(tmp_path: Path) -> None:
     loaded = [trial["load_checkpoint_dir"] for trial in third]
     assert loaded.count(second[0]["save_checkpoint_dir"]) == 2
     assert len({trial["save_checkpoint_dir"] for trial in third}) == 3
+
+
+def test_a_seed_repeats_a_population(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New values too; of two experiments that were given one folder each has its own in it."""
+    module, runs = importlib.import_module("pbt_tuner"), []
+    for experiment in ("one", "two"):
+        monkeypatch.setenv("NNI_CHECKPOINT_DIRECTORY", f"/home/nni/{experiment}/checkpoint")
+        tuner = module.PBT(
+            seed=1, all_checkpoint_dir=str(tmp_path), population_size=4, fraction=0.5
+        )
+        tuner.update_search_space({"lr": SPACE["lr"], "noise": SPACE["noise"]})
+        seen = []
+        for first in range(0, 24, 4):
+            ids = [*range(first, first + 4)]
+            trials = tuner.generate_multiple_parameters(ids, st_callback=None)
+            for i, parameters in zip(ids, trials, strict=True):
+                place = Path(parameters.pop("save_checkpoint_dir"))
+                assert place.is_relative_to(tmp_path / experiment)
+                seen.append(parameters["lr"])
+                tuner.receive_trial_result(i, parameters, {"default": parameters["lr"]})
+        runs.append(seen)
+    assert runs[0] == runs[1] and len(set(runs[0])) > 5
 
 
 def test_a_population_under_way_keeps_its_search_space(tmp_path: Path) -> None:

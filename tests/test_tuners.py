@@ -5,9 +5,11 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -272,6 +274,61 @@ def test_it_learns(name: str) -> None:
             last += [parameters] if number >= 30 else []
     near = [p for p in last if abs(p["dropout"] - 0.3) < 0.2 and p["pool"] == "cls"]
     assert len(near) >= 30, last
+
+
+def test_gp_sees_a_learning_rate_beside_a_width() -> None:
+    """Of the last suggestions most are near the optimum, of those of chance a quarter of the range is."""
+    space = {"lr": spec("loguniform", 1e-4, 1e-2), "width": spec("choice", 32, 48, 64)}
+    near = []
+    for seed in (1, 2, 3):
+        tuner = make("nni_tuners.GP", space, seed=seed)
+        for number in range(20):
+            lr = tuner.generate_parameters(number)["lr"]
+            distance = abs(math.log(lr / 1e-3))
+            tuner.receive_trial_result(number, None, -(distance**2))
+            near += [distance < 0.6] if number >= 10 else []
+    assert sum(near) >= 18, near
+
+
+@pytest.mark.parametrize(
+    "key", [spec("uniform", 1, 3), spec("loguniform", 1e-4, 1), spec("choice", 5, 1, 9),
+            spec("randint", -1, 4), spec("quniform", 1, 4, 1), spec("qloguniform", 2, 64, 2)]
+)  # fmt: skip
+def test_every_step_has_an_equal_share_for_gp(key: dict[str, Any]) -> None:
+    tuners, robust = map(importlib.import_module, ("nni_tuners", "robust_tuner"))
+    shares = np.linspace(0, 1, 1201)[:-1] + 1 / 2400
+    values = [robust.cleaned({"k": tuners.of_share(s, **key)}, {"k": key})["k"] for s in shares]
+    if key["_type"] in ("choice", "randint", "quniform"):
+        assert set(Counter(values).values()) == {1200 // len(set(values))}
+        assert min(values) == min(key["_value"][:2] if key["_type"] != "choice" else key["_value"])
+    back = [tuners.of_share(tuners.share_of(v, **key), **key) for v in values]
+    assert back == pytest.approx(values)
+
+
+def test_anneal_comes_to_every_step() -> None:
+    """Also when its neighbourhood is less than one, where another key matters more at first."""
+    space = {"lr": spec("loguniform", 1e-5, 1), "depth": spec("quniform", 1, 4, 1)}
+    for seed in range(10):
+        tuner, depths = make("anneal_tuner.Anneal", space, seed=seed), []
+        for number in range(100):
+            parameters = tuner.generate_parameters(number)
+            depths.append(parameters["depth"])
+            value = -abs(math.log(parameters["lr"] / 1e-2)) - 0.1 * abs(parameters["depth"] - 4)
+            tuner.receive_trial_result(number, parameters, value)
+        assert len(set(depths[30:])) > 1 and 4 in depths, (seed, depths)
+
+
+@pytest.mark.parametrize("name", ["nni_tuners.Evolution", "dngo_tuner.Dngo"])
+def test_no_trial_is_suggested_twice(name: str) -> None:
+    space = {"heads": spec("choice", 1, 2, 4), "depth": spec("quniform", 1, 6, 1)}
+    space |= {"width": spec("choice", 16, 32, 48, 64)}
+    tuner, seen = make(name, space), []
+    frozen = importlib.import_module("robust_tuner").frozen
+    for number in range(60):  # of 72
+        seen.append(frozen(tuner.generate_parameters(number)))
+        tuner.receive_trial_result(number, None, number % 7)
+        tuner.trial_end(number, True)
+    assert len(set(seen)) >= 55  # of the last ones most are known
 
 
 @pytest.mark.slow

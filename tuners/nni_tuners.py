@@ -4,6 +4,7 @@ tuner: {codeDirectory: tuners, className: nni_tuners.GridSearch}
 """
 
 import functools
+import math
 import random
 from typing import Any
 
@@ -18,7 +19,7 @@ from nni.algorithms.hpo.gridsearch_tuner import GridSearchTuner
 from nni.algorithms.hpo.metis_tuner import MetisTuner
 from nni.algorithms.hpo.metis_tuner import lib_acquisition_function as metis_library
 from nni.algorithms.hpo.metis_tuner.Regression_GP import CreateModel as metis_model
-from robust_tuner import Robust, cleaned, frozen, seed_after
+from robust_tuner import Robust, seed_after
 
 # NNI's Metis fits five models a suggestion, each from 250 starting points: minutes for a few keys.
 metis_process = functools.partial(metis_model.create_model, n_restarts_optimizer=5)
@@ -141,10 +142,20 @@ class GP(Robust, GPTuner):
         self._gp.set_params(random_state=self._random_state)
 
     def _new_space(self, space: dict[str, Any]) -> None:
-        super()._new_space({key: for_gp(**spec) for key, spec in space.items()})
+        # NNI's has one length scale for all keys: raw, it would not see a learning rate beside a width.
+        shares = {key: {"_type": "uniform", "_value": [0.0, 1.0]} for key in space}
+        super()._new_space(shares)
+
+    def _propose(self, parameter_id: int) -> dict[str, Any]:
+        shares = super()._propose(parameter_id)
+        return {key: of_share(shares[key], **spec) for key, spec in self._search_space.items()}
+
+    def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
+        shares = {key: share_of(parameters[key], **s) for key, s in self._search_space.items()}
+        super()._tell(parameter_id, shares, value)
 
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
-        super()._tell(-1, parameters, value)
+        self._tell(-1, parameters, value)
 
     def _reseed(self, number: int) -> None:
         self._random_state.seed(seed_after(self._seed, number))
@@ -213,15 +224,34 @@ def with_index(space: dict[str, Any], parameters: dict[str, Any]) -> dict[str, A
     return result
 
 
-def for_gp(_type: str, _value: list[Any]) -> dict[str, Any]:
-    """One key as NNI's GP gets it right: ordered choices, the end of randint, steps made by `cleaned`."""
+def of_share(share: float, _type: str, _value: list[Any]) -> float:
+    """The value of a key at a share, 0 to 1, of its range; steps are made of it by `cleaned`."""
     if _type == "choice":
-        _value = sorted(_value)
-    elif _type == "randint":
-        _type, _value = "quniform", [_value[0], _value[1] - 1, 1]
-    elif _type.startswith("q"):
-        _type, _value = _type[1:], _value[:2]
-    return {"_type": _type, "_value": _value}
+        ordered = sorted(_value)
+        return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+    low, high = range_of(_type, _value)
+    between = low + float(share) * (high - low)
+    value = math.exp(between) if "log" in _type else between
+    if _type == "randint":
+        return min(max(round(value), _value[0]), _value[1] - 1)
+    return min(max(value, _value[0]), _value[1])
+
+
+def share_of(value: float, _type: str, _value: list[Any]) -> float:
+    """Where in its range the value of a key is; of a choice the middle of its part."""
+    if _type == "choice":
+        return (sorted(_value).index(value) + 0.5) / len(_value)
+    low, high = range_of(_type, _value)
+    between = math.log(value) if "log" in _type else value
+    return (between - low) / (high - low) if high > low else 0.5
+
+
+def range_of(_type: str, _value: list[Any]) -> tuple[float, float]:
+    """The ends of a range, in the logarithm where it is of one; the end steps are as wide as others."""
+    if "log" in _type:
+        return math.log(_value[0]), math.log(_value[1])
+    margin = {"randint": 0.5, "quniform": _value[-1] / 2}.get(_type, 0.0)
+    return _value[0] - margin, _value[1] - (_type == "randint") + margin
 
 
 def for_metis(_type: str, _value: list[Any]) -> dict[str, Any]:
