@@ -639,7 +639,9 @@ def test_stopped_and_resumed_equals_uninterrupted(
     run = EVERYTHING_RANDOM | changes
     whole = train_on(images, **run)
     where = ("--download-dir", images, "--model-dir", tmp_path)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would hand it on
     with start_main(*where, *options(TINY | run)) as process:
+        signal.signal(signal.SIGHUP, hangup)
         next(line for line in process.stdout if line.startswith("epoch   2/"))
         time.sleep(0.03)
         process.send_signal(signum)
