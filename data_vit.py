@@ -1,9 +1,8 @@
-"""From decoded images to batches: the demo, the splits, shuffling, shards."""
+"""From decoded images to batches: the splits, shuffling, shards."""
 
 import hashlib
 import itertools
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from augment_vit import Augmentation, Epoch, send, to_float
@@ -31,7 +29,6 @@ from folder_vit import (
 )
 from images_vit import DecodingPixels, Pixels
 
-DEMO_FOLDER = Path("dataset/digits")
 # Folders of these names beside each other are parts of a data set, hardly its classes.
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
@@ -57,37 +54,6 @@ def hold_out(
         held_out.append(members[:count])
         train.append(members[count:])
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(held_out))
-
-
-def make_digits(folder: Path = DEMO_FOLDER) -> Path:
-    """The demo: the 1,797 handwritten digits (8x8, UCI) of scikit-learn as an image folder, 80 % in train/.
-
-    Written once; processes that start together write each its own copy, and one becomes `folder`.
-    """
-    if folder.is_dir():
-        return folder
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    train, test = hold_out(digits.target, 0.2, seed=0)
-    copy = folder.with_name(f".{folder.name}-{os.getpid()}")
-    try:
-        for split, indices in (("train", train), ("test", test)):
-            for index in indices:
-                path = copy / split / str(digits.target[index]) / f"{index:04d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                pixels = (digits.images[index] * (255 / 16)).round().astype(np.uint8)
-                Image.fromarray(pixels).save(path)
-        copy.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another process was first
-            raise DataError(
-                f"the demo cannot be written to {folder}: {error.strerror or error}; start in a folder "
-                "that you may write to, or give --download-dir your own images"
-            ) from None
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
-    return folder
 
 
 # --- splits -----------------------------------------------------------------------------------------

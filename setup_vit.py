@@ -18,6 +18,7 @@ from torch import nn
 import budget_vit
 import cache_vit
 import data_vit
+import demo_vit
 import distributed_vit
 import machine_vit
 import nni_vit
@@ -144,14 +145,14 @@ def hold_new_folder(folder: Path, until_end: ExitStack) -> Path:
 
     Raises OSError if it cannot be written.
     """
-    name = folder.name
-    for number in itertools.count(2):  # a loop of the shell starts several in a second
+    name, number = folder.name, 1
+    while True:  # a loop of the shell starts several in a second
         try:
             until_end.enter_context(hold_folder(folder, 0, new=True))
             return folder
         except FileExistsError:
+            number += 1
             folder = folder.with_name(f"{name}-{number}")
-    raise AssertionError("numbers do not end")
 
 
 @contextmanager
@@ -268,7 +269,7 @@ def has_bfloat16(device: torch.device) -> bool:
 def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> data_vit.Data:
     """The images of --download-dir, or the demo, on the GPU that was chosen if they fit."""
     data = data_vit.open_data(
-        args.download_dir or data_vit.make_digits(),
+        args.download_dir or demo_vit.make_digits(),
         num_classes=args.num_classes,
         image_size=args.image_size,
         channels=args.channel,
@@ -385,12 +386,8 @@ def start_from(state: TrainingState, args: argparse.Namespace, classes: list[str
     file = args.init_from
     saved = distributed_vit.from_rank_0(lambda: utils_vit.load_checkpoint(file))
     try:
-        for name in (
-            "arch",
-            "vt_heads",
-            "dim_head",
-            "pool",
-        ):  # others can have weights of the same shapes
+        # With another one weights can have the same shapes.
+        for name in ("arch", "vt_heads", "dim_head", "pool"):
             own, other = getattr(args, name), saved["args"].get(name)
             if own != other:
                 raise ValueError(f"{name} is {own} here and {other} in the checkpoint")

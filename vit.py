@@ -348,12 +348,9 @@ def _gives_logits(candidate: type, arch: str) -> bool:
                 candidate, arch, image_size=16, patch_size=4, num_classes=3, dim=16, depth=1,
                 heads=2, mlp_dim=16,
             )  # fmt: skip
-            with torch.autocast(
-                "cpu", torch.bfloat16
-            ):  # as a run may; one fails at mixed precision
-                shapes = [
-                    model.train(mode)(torch.zeros(2, 3, 16, 16)).shape for mode in (True, False)
-                ]
+            images = torch.zeros(2, 3, 16, 16)
+            with torch.autocast("cpu", torch.bfloat16):  # as a run may compute; some cannot
+                shapes = [model.train(mode)(images).shape for mode in (True, False)]
             return shapes == [(2, 3), (2, 3)]
     except Exception:  # whatever it raises, it does not stand in for ViT
         return False

@@ -22,7 +22,7 @@ from timed import hardware
 
 import cache_file_vit
 import cache_vit
-from data_vit import DEMO_FOLDER
+from demo_vit import DEMO_FOLDER
 from folder_vit import read_image_folder
 
 # Prints what it has done since the process began, in seconds; it ends before the first step would be over.

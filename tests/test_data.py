@@ -18,7 +18,8 @@ from sklearn.datasets import load_digits
 import data_vit
 from augment_vit import FLIPS, Augmentation
 from cache_vit import DecodedImages, decode_folder
-from data_vit import Split, batches, hold_out, make_digits, open_data, training_batches
+from data_vit import Split, batches, hold_out, open_data, training_batches
+from demo_vit import make_digits
 from folder_vit import DataError, read_image_folder
 from images_vit import decode_image
 
@@ -538,7 +539,7 @@ def test_digits_written_by_two_processes_at_once(tmp_path: Path) -> None:
     code = """if True:
         import sys
         from pathlib import Path
-        from data_vit import make_digits
+        from demo_vit import make_digits
         print(make_digits(Path(sys.argv[1])))
     """
     both = [python(code, tmp_path / "dataset" / "digits") for _ in range(2)]

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from nni_tools import NNICTL, REPOSITORY, Experiment, experiment, free_port, read_config
 
-import data_vit
+import demo_vit
 import utils_vit
 
 TINY = (
@@ -225,7 +225,7 @@ def train_alone(running: Experiment, trial_id: str, epochs: int) -> None:
 @pytest.mark.long
 def test_a_search_from_python(tmp_path: Path) -> None:
     """examples/experiment.py with two small trials: prints the best and leaves nothing running."""
-    images = data_vit.make_digits(tmp_path / "digits")
+    images = demo_vit.make_digits(tmp_path / "digits")
     options = f"--epochs 1 --image-size 16 --channel 1 --download-dir {images}"
     code = f"import experiment; experiment.search({options!r}, 2, {free_port()})"
     env = {**os.environ, "HOME": str(tmp_path / "home"), "no_proxy": "localhost,127.0.0.1"}

@@ -17,7 +17,7 @@ from nni_tools import REPOSITORY, Experiment, experiment, read_config
 from PIL import Image
 from test_nni_live import assert_whole, endless, training
 
-import data_vit
+import demo_vit
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -46,7 +46,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Experiment]:
     config["trialCommand"] += f" --epochs {EPOCHS} --image-size 16 --channel 1" + "".join(
         f" {option} {shlex.quote(str(path))}"
         for option, path in {
-            "--download-dir": data_vit.make_digits(folder / "digits"),
+            "--download-dir": demo_vit.make_digits(folder / "digits"),
             "--cache-dir": folder / "cache",
         }.items()
     )

@@ -18,7 +18,7 @@ import requests
 import yaml
 from nni_tools import REPOSITORY, experiment, free_port, read_config
 
-import data_vit
+import demo_vit
 import utils_vit
 
 SSHD = shutil.which("sshd") or shutil.which("/usr/sbin/sshd")
@@ -154,7 +154,7 @@ def search(worker: Worker, images: Path, **settings: Any) -> dict[str, Any]:
 
 def test_trials_on_a_worker(tmp_path: Path) -> None:
     """Three trials, two at a time: what is copied, who gets which parameters, what comes back."""
-    images, host = data_vit.make_digits(tmp_path / "digits"), own_address()
+    images, host = demo_vit.make_digits(tmp_path / "digits"), own_address()
     with worker_at(tmp_path, host, []) as worker:
         config = search(worker, images, maxTrialNumber=3, nniManagerIp=host)
         with experiment(config, tmp_path, loopback=False, url_prefix="a/b") as running:
@@ -200,7 +200,7 @@ def test_a_worker_behind_a_tunnel_and_resume(
     tmp_path: Path, elsewhere: tuple[str, list[str]]
 ) -> None:
     """NNI is bound to loopback, the worker reaches it through `ssh -R`; stop and resume go on with the trial."""
-    images = data_vit.make_digits(tmp_path / "digits")
+    images = demo_vit.make_digits(tmp_path / "digits")
     with worker_at(tmp_path, *elsewhere) as worker:
         config = search(worker, images, maxTrialNumber=1)
         config["trialCommand"] += " --epochs 400 --batch-size 8"

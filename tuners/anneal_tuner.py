@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from nni.algorithms.hpo.random_tuner import suggest_parameter
 from nni.common.hpo_utils import deformat_parameters
-from robust_tuner import Remembering, frozen
+from robust_tuner import Remembering
 
 MEAN_RANK = 2.0  # of the trial whose neighbour is tried next: the best has rank 1
 SHRINKING = 0.1  # the neighbourhood is 1 / (1 + SHRINKING * results) of the range
@@ -22,7 +22,6 @@ class Anneal(Remembering):
 
     def __init__(self, optimize_mode: str = "minimize", seed: int | None = None) -> None:
         super().__init__(optimize_mode, seed)
-        self._seen: set[Any] = set()
 
     def _propose(self, parameter_id: int) -> dict[str, Any]:
         ranked = sorted((t for t in self._known() if t[1] is not None), key=lambda trial: trial[1])
@@ -31,14 +30,11 @@ class Anneal(Remembering):
             rank = min(self._rng.geometric(1 / MEAN_RANK), len(ranked))
             centre = ranked[rank - 1][0] if ranked else {}
             point = self._neighbour(centre, width)
-            parameters = deformat_parameters(point, self._specs)
-            if frozen(parameters) not in self._seen:
+            if self._is_new(deformat_parameters(point, self._specs)):
                 break
             width = min(1.0, width * 1.5)  # around here all is known: look further away
         point = self._unused(point)  # raises NoMoreTrialError where every combination was tried
-        parameters = deformat_parameters(point, self._specs)
-        self._seen.add(frozen(parameters))
-        return parameters
+        return deformat_parameters(point, self._specs)
 
     def _neighbour(self, centre: dict[Any, Any], width: float) -> dict[Any, Any]:
         """A point whose every parameter is drawn around its value at the centre, if it has one there."""

@@ -28,9 +28,6 @@ metis_process = functools.partial(metis_model.create_model, n_restarts_optimizer
 class GridSearch(Robust, GridSearchTuner):
     """Every combination once, then the end of the experiment; ranges are halved again and again."""
 
-    def __init__(self, optimize_mode: str | None = None) -> None:
-        super().__init__(optimize_mode)
-
     def _new_space(self, space: dict[str, Any]) -> None:
         self.space = self._specs
         self.vector, self.divisions = None, {}  # of the grid as it was
