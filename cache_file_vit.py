@@ -16,7 +16,7 @@ import numpy as np
 from folder_vit import ImageFolder, ImageLost, printable, size_time_problem
 from images_vit import Pixels, decode_again, decode_all, quiet_pillow
 
-CACHE_FORMAT = 6  # to be raised when decoding or the file changes
+CACHE_FORMAT = 7  # to be raised when decoding or the file changes
 HEADER_LENGTH, TAIL_LENGTH = 128, 12  # bytes
 log = logging.getLogger("vit.cache")
 

@@ -31,9 +31,9 @@ _large_images = threading.Lock()  # decoded one at a time: up to 12 bytes a pixe
 def decode_image(path: Path, size: int, channels: int) -> np.ndarray:
     """One image as uint8 (channels, size, size), turned as its EXIF says and squeezed to a square.
 
-    Transparent pixels become white; 16-bit grey keeps its upper 8 bits; of several frames the first
-    counts. Raises OSError with an errno if the file cannot be read, MemoryError, and whatever Pillow
-    raises if it cannot be decoded (OSError without one, SyntaxError, ValueError, ...).
+    Transparent pixels become white; of several frames the first counts; 16-bit grey keeps its upper 8
+    bits, and is refused if these would be nearly black. Raises OSError with an errno if the file cannot
+    be read, MemoryError, and whatever Pillow raises if it cannot be decoded (OSError without one, ...).
     """
     return np.broadcast_to(decode_planes(path, size, channels), (channels, size, size))
 
@@ -61,9 +61,9 @@ def decode_planes(path: Path, size: int, channels: int) -> np.ndarray:
             low, high = int(pixels.min()), int(pixels.max())
             if low < 0 or high >= 2**16:
                 raise ValueError("32-bit or signed pixels have no defined range")
-            if image.mode == "I" and image.format == "TIFF" and 0 < high < 2**8:
+            if 0 < high < 2**12:  # a scanner's 12 bits, say
                 raise ValueError(
-                    f"pixels of 32 bits up to {high} have no defined range: of 8 or of 16 bits"
+                    f"no pixel above {high:,} of 65,535, nearly black: scale it to 16 bits, or to 8"
                 )
             clear = image.info.get("transparency")  # of a PNG, one value
             image = Image.fromarray(np.where(pixels == clear, 255, pixels >> 8).astype(np.uint8))
