@@ -10,6 +10,7 @@ a CPU about even for large ones without affine.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -59,16 +60,17 @@ class Epoch:
         generator = np.random.default_rng(seed)
         self.order = generator.permutation(samples)
         self.flips = {dim: generator.random(samples) < 0.5 for dim in FLIPS[augmentation.flip]}
-        self.moves = self.windows = self.factors = self.operations = self.erased = None
+        self.matrices = self.factors = self.operations = self.erased = None
+        moves = []  # the matrices of all that moves pixels, in order
         if limit := augmentation.affine:
-            self.moves = generator.uniform(-limit, limit, (samples, 4)).astype(np.float32)
+            moves.append(affine_matrices(generator.uniform(-limit, limit, (samples, 4))))
 
         # From here on each has a generator of its own: to switch one on changes no other's draws.
         def draws(purpose: str, columns: int) -> np.ndarray:
             return np.random.default_rng([seed, *purpose.encode()]).random((columns, samples))
 
         if augmentation.crop < 1:
-            self.windows = crop_matrices(augmentation.crop, draws("crop", 4)).astype(np.float32)
+            moves.append(crop_matrices(augmentation.crop, draws("crop", 4)))
         if augmentation.color:
             self.factors = 1 + augmentation.color * (2 * draws("color", 3).astype(np.float32) - 1)
         if augmentation.randaugment:
@@ -76,9 +78,10 @@ class Epoch:
             which, signs = draws("randaugment", 2 * OPERATIONS_EACH).reshape(2, -1, samples)
             self.operations = (which * len(RANDAUGMENT)).astype(np.int8)  # (operations, samples)
             self.signs = np.where(signs < 0.5, -1, 1).astype(np.int8)
-            for numbers, own_signs in zip(self.operations, self.signs, strict=True):
-                moves = operation_matrices(self.level)[numbers, own_signs].astype(np.float32)
-                self.windows = moves if self.windows is None else compose(self.windows, moves)
+            negative = (self.signs < 0).astype(np.int8)
+            moves.extend(operation_matrices(self.level)[self.operations, negative])
+        if moves:
+            self.matrices = functools.reduce(compose, moves).astype(np.float32)
         if augmentation.erase:
             chosen, *place = draws("erase", 5)
             self.erased = erased_boxes(np.stack(place), size)
@@ -110,42 +113,30 @@ class Epoch:
         self.blend = np.where(cut, 1, own).astype(np.float32)  # of its own pixels, outside the box
         self.share = np.where(cut, 1 - area / size**2, own).astype(np.float32)  # of its own target
 
-    def show(self, images: Tensor, positions: np.ndarray, part: slice) -> Tensor:
-        """Images uint8 (part, channels, size, size) of the samples `positions[part]` as this epoch has them.
+    def show(self, images: Tensor, positions: np.ndarray) -> Tensor:
+        """Images uint8 (batch, channels, size, size) of the samples `positions` as this epoch has them.
 
-        Returns float32 in [-1, 1]. `positions` are those of the whole batch.
+        Returns float32 in [-1, 1].
         """
-        own, device = positions[part], images.device
+        device = images.device
         for dim, chosen in self.flips.items():
-            rows = send(np.flatnonzero(chosen[own]), device)
+            rows = send(np.flatnonzero(chosen[positions]), device)
             # A choice by torch.where takes three times as long on a CPU.
             images = images.index_copy(0, rows, images.index_select(0, rows).flip(dim))
         images = to_float(images)
-        if len(own) == 0:
+        if len(positions) == 0:
             return images
-        if self.moves is not None or self.windows is not None:
-            images = warp(images, send(self._matrices(positions)[part], device))
+        if self.matrices is not None:
+            images = warp(images, send(self.matrices[positions], device))
         if self.factors is not None:
-            factors = send(self.factors[:, own], device)[..., None, None, None]
+            factors = send(self.factors[:, positions], device)[..., None, None, None]
             images = adjust_colors(images, *factors)
         if self.operations is not None:
-            for numbers, signs in zip(self.operations[:, own], self.signs[:, own], strict=True):
-                operate(images, numbers, signs, self.level)
+            for numbers, signs in zip(self.operations, self.signs, strict=True):
+                operate(images, numbers[positions], signs[positions], self.level)
         if self.erased is not None:
-            images.masked_fill_(inside(self.erased[own], images), 0.0)
+            images.masked_fill_(inside(self.erased[positions], images), 0.0)
         return images
-
-    def _matrices(self, positions: np.ndarray) -> Tensor:
-        """Where the pixels of a whole batch come from (batch, 2, 3).
-
-        Of the whole batch in every process, since the last bit of torch's powers depends on the length.
-        """
-        if self.windows is None:
-            return affine_matrices(torch.from_numpy(self.moves[positions]))
-        windows = torch.from_numpy(self.windows[positions])
-        if self.moves is None:
-            return windows
-        return compose(affine_matrices(torch.from_numpy(self.moves[positions])), windows)
 
     def mix(self, images: Tensor, others: Tensor, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         """The images of `positions` mixed with their partners', and the share (batch, 1) of the own target.
@@ -164,22 +155,22 @@ class Epoch:
 # Matrices (..., 2, 3) take a place of the new image to one of the old, in [-1, 1] from edge to edge.
 
 
-def compose(first: Tensor, then: Tensor) -> Tensor:
-    """The matrices of `first` and, on what it gives, `then`; of torch or of numpy."""
+def compose(first: np.ndarray, then: np.ndarray) -> np.ndarray:
+    """The matrices of `first` and, on what it gives, `then`."""
     both = first[..., :2] @ then
     both[..., 2] += first[..., 2]
     return both
 
 
-def affine_matrices(draws: Tensor) -> Tensor:
-    """Rotation, scale and shift of each image by its row of `draws` (batch, 4) in [-1, 1].
+def affine_matrices(draws: np.ndarray) -> np.ndarray:
+    """Rotation, scale and shift of each image by its row of `draws` (samples, 4) in [-1, 1].
 
     1 stands for 45 degrees, a scale of 2 and a shift by half the side.
     """
-    angle = draws[:, 0] * (torch.pi / 4)
-    cosine, sine = angle.cos() * 2 ** draws[:, 1], angle.sin() * 2 ** draws[:, 1]
+    angle, scale = draws[:, 0] * (np.pi / 4), 2.0 ** draws[:, 1]
+    cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
     rows = (cosine, -sine, draws[:, 2], sine, cosine, draws[:, 3])
-    return torch.stack(rows, dim=1).view(-1, 2, 3)
+    return np.stack(rows, axis=1).reshape(-1, 2, 3)
 
 
 def rectangles(area: np.ndarray, largest_ratio: float, draws: np.ndarray) -> np.ndarray:
@@ -245,7 +236,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1.0)
 
 
-def levels(images: Tensor) -> Tensor:
+def to_levels(images: Tensor) -> Tensor:
     """float32 in [-1, 1] to whole numbers from 0 to 255, still float32."""
     return images.add(1.0).mul_(127.5).round_().clamp_(0, 255)
 
@@ -282,7 +273,7 @@ def sharpen(images: Tensor, factor: Tensor) -> Tensor:
 def posterize(images: Tensor, bits: int) -> Tensor:
     """Only the upper `bits` of 8."""
     step = 2 ** (8 - bits)
-    return levels(images).div_(step).floor_().mul_(step).div_(127.5).sub_(1.0)
+    return to_levels(images).div_(step).floor_().mul_(step).div_(127.5).sub_(1.0)
 
 
 def solarize(images: Tensor, threshold: float) -> Tensor:
@@ -300,7 +291,7 @@ def autocontrast(images: Tensor) -> Tensor:
 
 def equalize(images: Tensor) -> Tensor:
     """Each channel's levels spread evenly, by the table that Pillow computes."""
-    pixels = levels(images).flatten(2).long()  # (batch, channels, pixels)
+    pixels = to_levels(images).flatten(2).long()  # (batch, channels, pixels)
     counts = pixels.new_zeros((*pixels.shape[:2], 256))
     counts.scatter_add_(2, pixels, torch.ones_like(pixels))
     brightest = counts.gather(2, pixels.amax(2, keepdim=True))
@@ -333,12 +324,12 @@ RANDAUGMENT = (*MOVES, *COLORS)
 
 
 def operation_matrices(level: float) -> np.ndarray:
-    """(operations, 2 or more, 2, 3): that of an operation, by its number, and sign, 1 or -1."""
-    matrices = np.zeros((len(RANDAUGMENT), 3, 2, 3))
-    for sign in (1, -1):
+    """(operations, 2, 2, 3): that of each operation, with its magnitude as it is and negated."""
+    matrices = np.empty((len(RANDAUGMENT), 2, 2, 3))
+    for negated, sign in enumerate((1, -1)):
         angle, shear = np.deg2rad(30) * level * sign, 0.3 * level * sign
         shift = 2 * 150 / 331 * level * sign
-        own = matrices[:, sign]
+        own = matrices[:, negated]
         own[:] = np.eye(2, 3)
         own[MOVES.index("rotate"), :, :2] = [
             [np.cos(angle), -np.sin(angle)],

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import distributed_vit
 from config_vit import UsageError, differences, saved_parameters
 from data_vit import Data
@@ -99,13 +101,12 @@ def check_whole(folder: Path, args: argparse.Namespace, data: Data) -> None:
         raise CheckpointError(f"it had --epochs {saved['args']['epochs']}")
     if changes := differences(make_parser().with_defaults(saved["args"]), saved_parameters(args)):
         raise CheckpointError(f"it had other parameters: {changes}")
-    if others := data.unlike(saved):
+    if others := data.mismatch(saved):
         raise CheckpointError(f"it is of {others}")
 
 
 def copy_run(source: Path, target: Path) -> None:
-    """Copy a whole run; a crash on the way leaves a folder without a checkpoint, which starts anew."""
-    target.mkdir(parents=True, exist_ok=True)
+    """Copy a whole run into an empty one; after a crash between the last two it goes on from the best."""
     if (source / "tensorboard").exists():  # somebody may have tidied up
         shutil.copytree(source / "tensorboard", target / "tensorboard", dirs_exist_ok=True)
     for name in ("metrics.jsonl", BEST, LAST):
@@ -140,6 +141,9 @@ def continue_member(state: TrainingState, args: argparse.Namespace, data: Data) 
     state.load_state_dict(saved)
     for group, values in zip(state.optimizer.param_groups, own, strict=True):
         group.update(values)
+    if args.optimizer == "rmsprop" and args.momentum:  # which makes these at its first step only
+        for moments in state.optimizer.state.values():
+            moments.setdefault("momentum_buffer", torch.zeros_like(moments["square_avg"]))
     before = math.ceil(saved["train_images"] / saved["args"]["batch_size"])
     epoch = saved["step"] // before
     # The best of this share alone: PBT compares what its members can do now, not what they once could.

@@ -16,7 +16,7 @@ from check_tuner_vit import check_algorithm, is_batch, quiet
 from command_vit import hides_signals, known_arguments, trial_arguments, without_gpu
 from config_vit import Parser, UsageError, resolve
 from experiment_vit import Findings, load_experiment
-from folder_vit import DataError, not_decoded, printable, size_time_problem
+from folder_vit import DataError, in_one_line, not_decoded, printable, size_time_problem
 from space_vit import (
     LIMIT,
     Sample,
@@ -31,6 +31,7 @@ from space_vit import (
 from utils_vit import CheckpointError
 
 SHOWN = 5  # messages of a kind that are printed
+LARGE_PATCH = 64  # pixels a side, of which a model sees little more than their mean
 # Change how fast a trial is, not what it finds.
 NO_RESULT = {"workers", "threads", "cache", "cache_dir", "cache_limit"}
 # Tell which images and checkpoints a run reads; "" is any parameter.
@@ -278,6 +279,11 @@ def check_runs(runs: list[Any], keys: dict[str, set[str]], local: bool, found: F
             f"trials that differ in {', '.join(parts)} are validated on other images, and the best may have "
             "had the easiest: give it in trialCommand, or the images a val/"
         )
+    if coarse := sorted({run.patch_size for run in runs if run.patch_size > LARGE_PATCH}):
+        found.warnings.append(
+            f"patches of {', '.join(map(str, coarse))} pixels a side are very large, most ViTs have 8 to 32: "
+            "give a larger patch_num"
+        )
     if runs and "momentum" in searched and not {"sgd", "rmsprop"} & {r.optimizer for r in runs}:
         found.warnings.append("momentum has no effect: no trial has optimizer sgd or rmsprop")
 
@@ -301,7 +307,7 @@ def file_errors(runs: list[Any]) -> list[str]:
         try:
             look(*arguments)
         except (DataError, CheckpointError, ValueError) as error:  # the last for a name with \0
-            errors[str(UsageError(str(error)))] = None  # one line
+            errors[in_one_line(error)] = None
     return [*errors]
 
 

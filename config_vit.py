@@ -14,6 +14,7 @@ import yaml
 
 import utils_vit
 import vit
+from folder_vit import in_one_line
 
 # Defaults of the demo data (no --download-dir): 8x8 pixels, grey.
 DEMO = {"image_size": 16, "patch_size": 4, "channel": 1, "val_split": 0.2}
@@ -34,9 +35,7 @@ class UsageError(ValueError):
     """Input that this program cannot work with; the text is one line that names it and the remedy."""
 
     def __init__(self, text: str) -> None:
-        # It quotes what people gave: line breaks, control characters, values of thousands of digits.
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-        super().__init__(text if len(text) <= 1100 else f"{text[:540]} ... {text[-540:]}")
+        super().__init__(in_one_line(text))
 
 
 class Parser(argparse.ArgumentParser):

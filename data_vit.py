@@ -94,7 +94,7 @@ class Data:
             "fingerprints": {name: self.fingerprints[name] for name in ("train", "val")},
         }
 
-    def unlike(self, saved: dict[str, Any]) -> str | None:
+    def mismatch(self, saved: dict[str, Any]) -> str | None:
         """What images a checkpoint is of, if not of these: of the same names, in the same splits."""
         own = self.identity()
         if saved["classes"] != own["classes"]:
@@ -261,14 +261,20 @@ def keep_on_device(data: Data, device: torch.device, free: int) -> Data:
 Fetched = tuple[np.ndarray, Tensor]  # rows of a split's pixels, and their images in host memory
 
 
+def source_of(split: Split, positions: np.ndarray) -> tuple[Pixels | np.ndarray, np.ndarray]:
+    """Where the images at `positions` are read from, and which rows: on the device only those that it lacks."""
+    pixels, rows = split.pixels, split.indices[positions]
+    if isinstance(pixels, Resident):
+        return pixels.pixels, rows[~pixels.present[rows]]
+    return pixels, rows
+
+
 def fetch(split: Split, positions: np.ndarray, device: torch.device) -> Fetched:
     """The images at `positions` in host memory, where a GPU takes them from while it computes.
 
     Of images that are kept on the device, only those that it lacks. Raises DataError.
     """
-    pixels, rows = split.pixels, split.indices[positions]
-    if isinstance(pixels, Resident):
-        pixels, rows = pixels.pixels, rows[~pixels.present[rows]]
+    pixels, rows = source_of(split, positions)
     shape = (len(rows), *pixels.shape[1:])
     images = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
     if isinstance(pixels, Pixels):
@@ -303,17 +309,23 @@ def read_ahead(
     """Each of `parts` with its images, which are read while the one before it is computed.
 
     A thread reads them for a GPU, or decodes them; where the CPU computes, it would take time from the
-    threads that do, and the kernel reads alone.
+    threads that do, and the kernel reads alone. It is told of each part one earlier.
     """
-    pixels = split.pixels
-    if device.type == "cpu" and not isinstance(pixels, DecodingPixels):
-        for positions, after in itertools.zip_longest(parts, parts[1:]):
-            if isinstance(pixels, CachedPixels) and after is not None:
-                pixels.will_read(split.indices[after])
-            yield positions, fetch(split, positions, device)
+
+    def read(positions: np.ndarray, after: np.ndarray | None) -> Fetched:
+        if after is not None:
+            pixels, rows = source_of(split, after)
+            if isinstance(pixels, CachedPixels):
+                pixels.will_read(rows)
+        return fetch(split, positions, device)
+
+    pairs = list(itertools.zip_longest(parts, parts[1:]))
+    if device.type == "cpu" and not isinstance(split.pixels, DecodingPixels):
+        for positions, after in pairs:
+            yield positions, read(positions, after)
         return
     with ThreadPoolExecutor(1) as reader:
-        tasks = (reader.submit(fetch, split, positions, device) for positions in parts)
+        tasks = (reader.submit(read, *pair) for pair in pairs)
         ahead = next(tasks, None)
         for positions in parts:
             now, ahead = ahead, next(tasks, None)
@@ -366,22 +378,20 @@ def training_batches(
     epoch = Epoch(augmentation, len(split), split.pixels.shape[-1], seed)
     firsts = range(start * batch_size, len(split), batch_size)
     whole = [epoch.order[first : first + batch_size] for first in firsts]
-    parts = [share_of(len(positions), rank, ranks) for positions in whole]
+    parts = [positions[share_of(len(positions), rank, ranks)] for positions in whole]
 
-    def shown(whole: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        own = [positions[part] for positions, part in zip(whole, parts, strict=True)]
-        ahead = read_ahead(split, own, device)
-        for positions, part, (_, fetched) in zip(whole, parts, ahead, strict=True):
-            images, targets = gather(split, positions[part], device, fetched)
-            yield epoch.show(images, positions, part), targets
+    def shown(parts: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        for positions, fetched in read_ahead(split, parts, device):
+            images, targets = gather(split, positions, device, fetched)
+            yield epoch.show(images, positions), targets
 
     if not epoch.mixes:
-        yield from ((images, targets, None) for images, targets in shown(whole))
+        yield from ((images, targets, None) for images, targets in shown(parts))
         return
-    partners = [epoch.partners[positions] for positions in whole]
-    pairs = zip(whole, parts, shown(whole), shown(partners), strict=True)
-    for positions, part, (images, targets), (others, other_targets) in pairs:
-        images, share = epoch.mix(images, others, positions[part])
+    partners = [epoch.partners[positions] for positions in parts]
+    pairs = zip(parts, shown(parts), shown(partners), strict=True)
+    for positions, (images, targets), (others, other_targets) in pairs:
+        images, share = epoch.mix(images, others, positions)
         soft = F.one_hot(targets, num_classes) * share
         soft += F.one_hot(other_targets, num_classes) * (1 - share)
         yield images, targets, soft

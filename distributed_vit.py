@@ -37,7 +37,7 @@ def rank() -> int:
 
 def local_rank() -> int:
     """The number of this process on its machine, which is that of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if ranks() > 1 else 0
+    return int(os.environ["LOCAL_RANK"])
 
 
 def start() -> None:

@@ -32,6 +32,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def in_one_line(message: object) -> str:
+    """`printable`, less the middle of one that quotes a value of thousands of digits."""
+    text = printable(str(message))
+    return text if len(text) <= 1100 else f"{text[:540]} ... {text[-540:]}"
+
+
 def not_decoded(broken: list[str]) -> str:
     """What is said of images that cannot be decoded, each with its reason: how many, the first five by name."""
     named = f"{len(broken)} images cannot be decoded: " + "; ".join(broken[:5])

@@ -35,7 +35,7 @@ import step_vit
 import utils_vit
 from config_vit import UsageError, resolve
 from distributed_vit import RankLost
-from folder_vit import DataError, ImageLost
+from folder_vit import DataError, ImageLost, in_one_line
 from options_vit import make_parser
 from utils_vit import CheckpointError, OutOfMemory, RunFailed, Stopped, StopSignals, TrainingState
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (UsageError, DataError, CheckpointError) as error:
         alone = isinstance(error, ImageLost)
-        complain(f"error: {UsageError(str(error))}", alone)  # one line
+        complain(f"error: {in_one_line(error)}", alone)
         return 2
     except (RunFailed, RankLost) as error:
         text = f"{error}; what was saved before is whole"
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             "what was saved before is whole: --resume its checkpoint.pth.tar once this is cured, or start "
             "again if there is none"
         )
-        complain(f"{UsageError(str(error))}; {remedy}", alone=True)
+        complain(f"{in_one_line(error)}; {remedy}", alone=True)
         return 1
     except KeyboardInterrupt:  # before training, when there is nothing to save
         utils_vit.end_by_signal(signal.SIGINT)
@@ -106,11 +106,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def complain(text: str, alone: bool = False) -> None:
-    """A line on stderr: from rank 0 what all ranks would say, from any what it knows `alone`."""
+    """Print an error: what every rank raises rank 0 prints, what one knows `alone` that one."""
     if alone or distributed_vit.rank() == 0:
         print(f"main_vit.py: {text}", file=sys.stderr, flush=True)
     if not alone:
-        distributed_vit.wait_for_all()  # for the first that ends torchrun ends rank 0
+        distributed_vit.wait_for_all()  # torchrun ends all when one ends: rank 0 has printed by then
 
 
 def main_worker(
@@ -361,13 +361,16 @@ def results_of(
 ) -> dict[str, Any]:
     """What results.json holds: the best epoch and, read here and only here, the test images."""
     best = output / utils_vit.BEST
-    saved = distributed_vit.from_rank_0(lambda: utils_vit.load_checkpoint(best))
-    state.selected_model.load_state_dict(utils_vit.selected_weights(saved))
+    state.selected_model.load_state_dict(
+        distributed_vit.from_rank_0(
+            lambda: utils_vit.selected_weights(utils_vit.load_checkpoint(best))
+        )
+    )
     _, *outputs = validate(state, data.val, args, device, after_batch)
     test = None
     if data.test:
         metrics, probabilities, targets = validate(state, data.test, args, device, after_batch)
-        test = metrics | report_vit.test_report(probabilities, targets, data.classes)
+        test = metrics | report_vit.evaluation_report(probabilities, targets, data.classes)
     return {
         "metric": args.metric,
         "best_epoch": state.best["epoch"],

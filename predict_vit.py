@@ -36,6 +36,7 @@ from folder_vit import (
     ImageFolder,
     check_classes,
     files_below,
+    in_one_line,
     not_decoded,
     printable,
     read_image_folder,
@@ -71,17 +72,18 @@ def main(argv: list[str] | None = None) -> int:
             return print_predictions(classifier, images_of(args.images, classifier.classes))
         return 0
     except (UsageError, DataError, CheckpointError) as error:
-        print(f"predict_vit.py: error: {UsageError(str(error))}", file=sys.stderr)
+        print(f"predict_vit.py: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         utils_vit.end_by_signal(signal.SIGINT)
     except RuntimeError as error:
         if not step_vit.out_of_memory(error):
             raise
-        remedy = "CUDA_VISIBLE_DEVICES= computes on the CPU"
+        on_gpu = torch.cuda.is_initialized()
+        remedy = "CUDA_VISIBLE_DEVICES= computes on the CPU" if on_gpu else "end other programs"
         print(f"predict_vit.py: the device has no memory left: {remedy}", file=sys.stderr)
     except OSError as error:  # a folder that cannot be listed, a full disk
-        print(f"predict_vit.py: {UsageError(str(error))}", file=sys.stderr)
+        print(f"predict_vit.py: {in_one_line(error)}", file=sys.stderr)
     return 1
 
 
@@ -202,7 +204,7 @@ def evaluate(classifier: Classifier, folder: Path) -> dict[str, object]:
     logits, targets = torch.cat(parts)[kept], images.targets[kept]
     loss = {"loss": F.cross_entropy(logits, torch.from_numpy(targets)).item()}
     probabilities = logits.double().softmax(dim=1).numpy()
-    return loss | report_vit.test_report(probabilities, targets, classifier.classes)
+    return loss | report_vit.evaluation_report(probabilities, targets, classifier.classes)
 
 
 def export(classifier: Classifier, file: Path) -> None:

@@ -89,7 +89,7 @@ def confusion_matrix(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarr
     return matrix
 
 
-def test_report(
+def evaluation_report(
     probabilities: np.ndarray, targets: np.ndarray, classes: list[str]
 ) -> dict[str, Any]:
     """The metrics of `measure` with 95 % intervals, recall per class and the confusion matrix.

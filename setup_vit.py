@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import budget_vit
 import cache_vit
@@ -281,7 +281,7 @@ def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> d
         cache=args.cache,
         cache_limit=args.cache_limit,
     )
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and args.cache != "off":  # which decodes in every epoch
         device = torch.device("cuda", torch.cuda.current_device())
         # Trials that start together see the same memory free. Where NNI gives each a GPU of its own this
         # leaves more free than it has to.
@@ -315,9 +315,9 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
         model = vit.build_model(
             args.arch, num_classes=args.num_classes, depth=args.vt_depth, **model_sizes(args)
         ).to(device)
-    except torch.OutOfMemoryError:  # others may have the memory of the GPU
-        raise
     except (RuntimeError, TypeError) as error:  # so many parameters that torch cannot hold them
+        if step_vit.out_of_memory(error):  # others may have the memory of the GPU
+            raise
         reason = str(error).splitlines()[0]
         raise UsageError(f"a model of these sizes cannot be built: {reason}") from None
     if distributed_vit.ranks() > 1:
@@ -349,7 +349,7 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
     If it is another than the last one it takes the place of that.
     """
     saved, source, note = utils_vit.load_newest(file)
-    if others := data.unlike(saved):  # it may have been trained on what it would be selected on
+    if others := data.mismatch(saved):  # it may have been trained on what it would be selected on
         raise CheckpointError(
             f"checkpoint {file} is of {others}: --init-from starts a new run from its weights"
         )
@@ -384,16 +384,19 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
 def start_from(state: TrainingState, args: argparse.Namespace, classes: list[str]) -> list[str]:
     """--init-from: only the weights of a checkpoint; returns what the log should say of it."""
     file = args.init_from
-    saved = distributed_vit.from_rank_0(lambda: utils_vit.load_checkpoint(file))
+
+    def load() -> tuple[dict[str, Any], list[str], dict[str, Tensor]]:
+        saved = utils_vit.load_checkpoint(file)
+        return saved["args"], saved["classes"], utils_vit.selected_weights(saved)
+
+    saved_args, saved_classes, weights = distributed_vit.from_rank_0(load)
     try:
         # With another one weights can have the same shapes.
         for name in ("arch", "vt_heads", "dim_head", "pool"):
-            own, other = getattr(args, name), saved["args"].get(name)
+            own, other = getattr(args, name), saved_args.get(name)
             if own != other:
                 raise ValueError(f"{name} is {own} here and {other} in the checkpoint")
-        changes = vit.load_pretrained(
-            state.model, utils_vit.selected_weights(saved), saved["classes"] == classes
-        )
+        changes = vit.load_pretrained(state.model, weights, saved_classes == classes)
     except ValueError as error:
         raise CheckpointError(
             f"--init-from: {error}: give the model parameters that it was trained with, as --config "

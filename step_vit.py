@@ -77,7 +77,8 @@ def training_step(
     more pieces, with the same gradient: each process for itself, before any waits for another. Raises
     OutOfMemory if a single image or the optimizer is too much, and RankLost.
     """
-    labels, batch_size = targets if soft is None else soft, batch_size or len(images)
+    labels = targets if soft is None else soft
+    batch_size = batch_size or len(images)
     loss, predicted = in_pieces(
         state, args, len(images), lambda: gradient(state, images, labels, args, batch_size)
     )
@@ -153,8 +154,8 @@ def gradient(
     seed_dropout(images.device, utils_vit.seed_for(args.seed, *position))
     state.optimizer.zero_grad()
     if not len(images):
-        # A short batch can leave a process without images. A gradient of zero, and none where the
-        # others have none, is what it adds.
+        # A short batch can leave a process without images. It adds a gradient of zero, to the same
+        # parameters as the others.
         empty = images.new_zeros(1, *images.shape[1:])
         with autocast(images.device, args.precision):
             output = state.model(empty).float()

@@ -127,7 +127,7 @@ def load_checkpoint(filename: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {filename} does not exist") from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {filename} cannot be read: {error.strerror}") from None
-    body, seal = content[:-SEAL_LENGTH], content[-SEAL_LENGTH:]
+    body, seal = memoryview(content)[:-SEAL_LENGTH], content[-SEAL_LENGTH:]
     foreign = CheckpointError(f"checkpoint {filename} is damaged or was not written by main_vit.py")
     if seal != b"sha256:" + hashlib.sha256(body).hexdigest().encode():
         raise foreign

@@ -65,7 +65,7 @@ def compare(options: dict[str, Any], images: torch.Tensor, repeats: int) -> tupl
     batch, size = len(images), images.shape[-1]
     loop, positions = loop_of(options, size), np.arange(batch)
     epoch = Epoch(Augmentation(**options), batch, size, 0)
-    ways = (lambda: epoch.show(images, positions, slice(None)), lambda: loop(images))
+    ways = (lambda: epoch.show(images, positions), lambda: loop(images))
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats + 2):
         for own, work in zip(times, ways, strict=True):

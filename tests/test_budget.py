@@ -162,6 +162,16 @@ def test_members_of_a_population(train, tmp_path: Path, image_folder: Path) -> N
     assert result.status == 2 and "images that are held out now" in result.stderr
 
 
+def test_a_member_may_get_the_first_momentum(train, tmp_path: Path) -> None:
+    """torch's rmsprop makes the buffers of a momentum at its first step only, and fails for want of them later."""
+    folder = tmp_path / "population"
+    share = ["--epochs", 1, "--optimizer", "rmsprop", "--load-checkpoint-dir", folder]
+    first = train("first", None, *share, "--momentum", 0, "--save-checkpoint-dir", folder)
+    second = train("second", None, *share, "--momentum", 0.9)
+    assert (first.status, second.status) == (0, 0), second.stderr
+    assert "continued from" in second.stdout
+
+
 def test_a_member_that_could_leave_no_checkpoint(train, tmp_path: Path) -> None:
     """Is told so before it trains, not after."""
     (tmp_path / "file").touch()

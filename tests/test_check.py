@@ -154,8 +154,10 @@ def test_new_schema_with_its_file_and_inline(check, data, tmp_path) -> None:
     [
         file.relative_to(REPOSITORY)
         for file in [REPOSITORY / "config.yml", *REPOSITORY.glob("examples/**/*.yml")]
-        # That of several machines asks for an ssh key: test_examples has it.
-        if file.is_file() and "trialConcurrency" in file.read_text() and "remote" not in file.parts
+        # Those that ask for an ssh key or a model are in test_examples.
+        if file.is_file()
+        and "trialConcurrency" in file.read_text()
+        and not {"remote", "fine_tuning"} & {*file.parts}
     ],
     ids=str,
 )
@@ -414,6 +416,16 @@ def test_without_effect(check, options, space, status: int, message: str) -> Non
 def test_momentum_is_fine_where_some_trials_use_it(check) -> None:
     space = {"momentum": choice(0.8, 0.9), "optimizer": choice("adam", "sgd")}
     assert not findings(check(searchSpace=space), "warning")
+
+
+def test_patches_too_large_for_the_images(check) -> None:
+    """A search space for small images is valid for large ones, but its models would see next to nothing."""
+    command = f"{COMMAND} --image-size"
+    result = check(trialCommand=f"{command} 224", searchSpace={"patch_num": choice(2, 4)})
+    [warning] = findings(result, "warning")
+    assert result.status == 0 and "patches of 112 pixels a side are very large" in warning
+    result = check(trialCommand=f"{command} 256", searchSpace={"patch_num": choice(4, 8)})
+    assert not findings(result, "warning")
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -341,17 +341,24 @@ def test_a_damaged_model_is_one_line(vit: Path, tmp_path: Path) -> None:
         assert text in line
 
 
-def test_too_little_memory_is_one_line(vit: Path, images: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("text", "on_gpu", "remedy"),
+    [
+        ("CUDA out of memory", True, "CUDA_VISIBLE_DEVICES= computes on the CPU"),
+        ("DefaultCPUAllocator: can't allocate memory", False, "end other programs"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    text: str, on_gpu: bool, remedy: str, vit: Path, images: Path, monkeypatch: Any
+) -> None:
     def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise RuntimeError(text) if not on_gpu else torch.OutOfMemoryError(text)
 
     monkeypatch.setattr(predict_vit, "batches", full)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_gpu)
     status, _, err = run(vit, images / "test")
     assert status == 1
-    assert (
-        err
-        == "predict_vit.py: the device has no memory left: CUDA_VISIBLE_DEVICES= computes on the CPU\n"
-    )
+    assert err == f"predict_vit.py: the device has no memory left: {remedy}\n"
 
 
 def test_weights_of_another_model_are_one_line(vit: Path, tmp_path: Path) -> None:

@@ -232,18 +232,18 @@ def test_auc_of_classes_with_few_images() -> None:
     assert report_vit.area_under_curve(probabilities, np.array([0, 1, 1])) == 1.0
     assert report_vit.area_error(probabilities, np.array([0, 1, 1])) is None
     assert report_vit.area_under_curve(probabilities, np.array([1, 1, 1])) is None
-    report = report_vit.test_report(probabilities, np.array([1, 1, 1]), ["cat", "dog"])
+    report = report_vit.evaluation_report(probabilities, np.array([1, 1, 1]), ["cat", "dog"])
     assert report["recall"] == {"cat": None, "dog": pytest.approx(200 / 3)}
     assert report["auc"] is None and report["auc_95"] is None
 
 
 def test_intervals_of_few_and_of_perfect_predictions_are_not_0_wide() -> None:
     targets = np.repeat([0, 1], 5)
-    report = report_vit.test_report(np.eye(2)[targets] * 0.8 + 0.1, targets, ["cat", "dog"])
+    report = report_vit.evaluation_report(np.eye(2)[targets] * 0.8 + 0.1, targets, ["cat", "dog"])
     assert report["balanced_accuracy"] == 100 and report["auc"] == 1 and report["auc_95"] is None
     assert report["balanced_accuracy_95"][0] < 90 and report["balanced_accuracy_95"][1] == 100
     targets = np.array([0, 1, 2])
-    report = report_vit.test_report(np.eye(3)[[0, 1, 1]], targets, ["cat", "dog", "eel"])
+    report = report_vit.evaluation_report(np.eye(3)[[0, 1, 1]], targets, ["cat", "dog", "eel"])
     low, high = report["balanced_accuracy_95"]
     assert low < 50 and high > 85
 
@@ -255,7 +255,7 @@ def test_the_interval_of_balanced_accuracy_holds_the_true_one() -> None:
         targets = np.repeat([0, 1, 2], [6, 10, 30])
         right = generator.random(len(targets)) < np.array([0.95, 0.8, 0.9])[targets]
         predicted = np.where(right, targets, (targets + 1) % 3)
-        report = report_vit.test_report(np.eye(3)[predicted], targets, ["cat", "dog", "eel"])
+        report = report_vit.evaluation_report(np.eye(3)[predicted], targets, ["cat", "dog", "eel"])
         low, high = report["balanced_accuracy_95"]
         inside += low <= 100 * (0.95 + 0.8 + 0.9) / 3 <= high
     assert inside / 400 >= 0.93

@@ -1,7 +1,6 @@
 """What NNI 3.0's Hyperband and BOHB lack to survive their trials; tuners/ has one class for each."""
 
 import logging
-import math
 import time
 from types import ModuleType
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import nni
 from nni.runtime.env_vars import dispatcher_env_vars
 from nni.runtime.msg_dispatcher_base import MsgDispatcherBase
-from nni.utils import MetricType, extract_scalar_reward
+from nni.utils import MetricType
+from robust_tuner import finite_number
 
 log = logging.getLogger(f"nni.{__name__}")  # which NNI writes to dispatcher.log
 
@@ -69,7 +69,7 @@ class Guard:
         """An intermediate or final result; ignored if it is of no running trial, or not a number."""
         parameter_id, final = data["parameter_id"], data["type"] == MetricType.FINAL
         known = parameter_id in self.running and parameter_id not in self.finished
-        if not known or scalar(data["value"]) is None:
+        if not known or finite_number(data["value"]) is None:
             log.warning("ignored: %s", data)
             return
         if final:
@@ -94,14 +94,3 @@ class Guard:
             bracket.n = min(max(bracket.n, scale), len(candidates) * scale)
             bracket.no_more_trial = bracket.no_more_trial or not candidates
         super().handle_trial_end(data)
-
-
-def scalar(value: Any) -> float | None:
-    """The default metric of a result as NNI sends it, in JSON once or twice; None if it has none."""
-    try:
-        while isinstance(value, str):
-            value = nni.load(value)
-        number = extract_scalar_reward(value)
-    except (ValueError, RuntimeError):
-        return None
-    return number if math.isfinite(number) else None

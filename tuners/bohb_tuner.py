@@ -10,7 +10,7 @@ from typing import Any
 
 import nni
 import numpy as np
-from advisor_guard import Channel, Guard, scalar
+from advisor_guard import Channel, Guard
 
 try:
     import ConfigSpace
@@ -21,7 +21,7 @@ except ImportError as error:
 from nni.common.hpo_utils import deformat_parameters, format_parameters
 from nni.runtime.tuner_command_channel import CommandType
 from nni.utils import MetricType, OptimizeMode
-from robust_tuner import formatted, left_out_of_resume
+from robust_tuner import finite_number, formatted, left_out_of_resume
 
 log = logging.getLogger(f"nni.{__name__}")  # which NNI writes to dispatcher.log
 BUDGET = "TRIAL_BUDGET"
@@ -156,7 +156,7 @@ class BOHB(Guard, bohb_advisor.BOHB, Channel):
         if self.resumes:
             self.resumes, data = False, [*data, *left_out_of_resume()]
         for entry in data:
-            parameters, value = dict(entry["parameter"]), scalar(entry["value"])
+            parameters, value = dict(entry["parameter"]), finite_number(entry["value"])
             budget = parameters.pop(BUDGET, self.max_budget)
             if value is not None:
                 loss = -value if self.optimize_mode is OptimizeMode.Maximize else value

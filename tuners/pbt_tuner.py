@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from nni.algorithms.hpo import pbt_tuner
 from nni.algorithms.hpo.pbt_tuner import exploit_and_explore
-from nni.utils import OptimizeMode, extract_scalar_reward, json2parameter, split_index
+from nni.utils import OptimizeMode, json2parameter, split_index
+from robust_tuner import finite_number
 
 log = logging.getLogger(f"nni.{__name__}")  # which NNI writes to dispatcher.log
 
@@ -86,12 +87,9 @@ class PBT(pbt_tuner.PBTTuner):
         self, parameter_id: int, parameters: dict[str, Any], value: Any, **kwargs: Any
     ) -> None:
         """A final result; ignored if it is not a number, or not of a running trial."""
-        try:
-            score = float(extract_scalar_reward(value))
-        except RuntimeError:
-            score = math.nan
+        score = finite_number(value)
         with self.lock:
-            if parameter_id in self.running and math.isfinite(score):
+            if parameter_id in self.running and score is not None:
                 self.end_member(parameter_id, score)
             else:
                 log.warning("ignored: trial %s, result %s", parameter_id, value)
@@ -154,8 +152,8 @@ class PBT(pbt_tuner.PBTTuner):
         for entry in data:
             parameters = entry["parameter"]
             folder = Path(parameters.get("save_checkpoint_dir", ""))
-            if folder.name.isdecimal() and folder.is_dir() and entry["value"]:
-                score = float(extract_scalar_reward(entry["value"]))
+            score = finite_number(entry["value"])
+            if folder.name.isdecimal() and folder.is_dir() and score is not None:
                 steps.setdefault(int(folder.name), {})[str(folder.parent)] = (parameters, score)
         with self.lock:
             if self.running or self.epoch or not steps:

@@ -247,7 +247,12 @@ def formatted(space: dict[str, Any]) -> dict[Any, Spec]:
 
 
 def finite_number(value: Any) -> float | None:
-    """The number of a result of NNI, plain or as "default" of a mapping; None if there is none."""
+    """The number of a result of NNI, plain or as "default" of a mapping, in JSON or not; None if there is none."""
+    try:
+        while isinstance(value, str):  # JSON in JSON, sometimes
+            value = nni.load(value)
+    except ValueError:
+        return None
     value = value.get("default") if isinstance(value, dict) else value
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if usable else None
@@ -323,8 +328,6 @@ def left_out_of_resume() -> list[dict[str, Any]]:
         imported = trial["status"] == "SUCCEEDED" and value is not None
         if imported or not trial.get("hyperParameters"):
             continue
-        while isinstance(value, str):  # JSON in JSON
-            value = nni.load(value)
         parameters = nni.load(trial["hyperParameters"][0])["parameters"]
         entry = {"parameter": parameters, "value": value}
         found.append(entry | ({"under_way": True} if under_way else {}))
