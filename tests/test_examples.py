@@ -40,6 +40,23 @@ def test_remote(run_main: Run, tmp_path: Path) -> None:
     assert result.status == 0 and "warning" not in result.stdout, result.stdout
 
 
+def test_fine_tuning(run_main: Run, image_folder: Path, tmp_path: Path) -> None:
+    """The shipped example, once the model and the images that it names exist; then one of its trials."""
+    sizes = ["--image-size=8", "--patch-size=4", "--vt-dim=16", "--vt-depth=1", "--vt-heads=2"]
+    place = ["--download-dir", image_folder, "--model-dir", tmp_path / "run"]
+    assert run_main(*sizes, *place, "--epochs", 1).status == 0
+    config = read_config(REPOSITORY / "examples/fine_tuning/config.yml")
+    command = config["trialCommand"].replace("/path/to/my_images", str(image_folder))
+    config["trialCommand"] = command.replace("/path/to/run", f"{tmp_path}/run")
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    result = run_main("--check", tmp_path / "config.yml")
+    assert result.status == 0 and "warning" not in result.stdout, result.stdout
+    options = config["trialCommand"].split("--request-from-nni ")[1].split(" ")
+    sample = ["--lr=1e-4", "--weight-decay=0.01", "--dropout=0.1", "--affine=0.1", "--epochs=1"]
+    done = run_main(*options, *sample, "--model-dir", tmp_path / "tuned")
+    assert done.status == 0 and "all weights as they were" in done.stdout, done.stderr
+
+
 # Search spaces of NNI's documentation and examples, as they are there: what --check says of the first
 # key that this project has under no name, None if all of them are options of main_vit.py.
 SPACES: dict[str, tuple[dict[str, Any], str | None]] = {
