@@ -4,7 +4,7 @@ python benchmarks/augment.py [--threads N]
 
 Both start from the same uint8 tensors on the device that trains and end with float32 in [-1, 1];
 torchvision crops without antialiasing, its faster way.
-On the CPU (results.md) the batch is 7 to 25 times as fast for small images and 1.0 to 3.2 times for large
+On the CPU (results.md) the batch is 8 to 29 times as fast for small images and 1.0 to 2.9 times for large
 ones; what torchvision lacks there is a draw that follows from the sample. No GPU was measured.
 """
 
