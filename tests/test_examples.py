@@ -1,13 +1,17 @@
 """Configurations that are not run by other tests: ours for Kubernetes and ssh, and NNI's own with our trial."""
 
 import json
+import pickle
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from nni_tools import REPOSITORY, read_config
+from PIL import Image
 
 Run = Callable[..., Any]
 
@@ -55,6 +59,41 @@ def test_fine_tuning(run_main: Run, image_folder: Path, tmp_path: Path) -> None:
     sample = ["--lr=1e-4", "--weight-decay=0.01", "--dropout=0.1", "--affine=0.1", "--epochs=1"]
     done = run_main(*options, *sample, "--model-dir", tmp_path / "tuned")
     assert done.status == 0 and "all weights as they were" in done.stdout, done.stderr
+
+
+def test_cifar10(run_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten images a class in the form of the download become the folders that the example searches on."""
+    download = tmp_path / "cifar10/download/cifar-10-batches-py"
+    download.mkdir(parents=True)
+    names = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
+    (download / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    for batch in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+        labels = [*range(10), *range(10)]
+        pixels = np.repeat(np.arange(20, dtype=np.uint8)[:, None], 3 * 32 * 32, axis=1)
+        (download / batch).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    script = runpy.run_path(str(REPOSITORY / "examples/cifar10/prepare.py"))
+    script["main"](tmp_path / "cifar10")
+    for split, count in (("train", 10), ("test", 2)):
+        assert sorted(path.name for path in (tmp_path / "cifar10" / split).iterdir()) == names
+        files = sorted((tmp_path / "cifar10" / split / "frog").iterdir())
+        assert len(files) == count and Image.open(files[0]).getpixel((5, 5)) == (6, 6, 6)
+    config = read_config(REPOSITORY / "examples/cifar10/config.yml")
+    config["trialCommand"] = config["trialCommand"].replace("dataset", str(tmp_path))
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    result = run_main("--check", tmp_path / "config.yml")
+    assert result.status == 0 and "images: 100 in" in result.stdout, result.stdout
 
 
 # Search spaces of NNI's documentation and examples, as they are there: what --check says of the first
