@@ -43,7 +43,13 @@ def set_up(
     )
     torch.set_num_threads(args.threads)
     data = distributed_vit.together(lambda: open_data(args, trial))
-    for rank, others in enumerate(distributed_vit.all_gather(data.fingerprints)):
+    everywhere = distributed_vit.all_gather((device.type, data.fingerprints))
+    for rank, (kind, others) in enumerate(everywhere):
+        if kind != device.type:  # they would wait for each other's messages on another device
+            raise UsageError(
+                f"rank {rank} computes on {kind}, rank {distributed_vit.rank()} on {device.type}: "
+                "CUDA_VISIBLE_DEVICES= on all machines trains on their CPUs"
+            )
         if others != data.fingerprints:  # on another machine, with a folder of its own
             raise DataError(
                 f"rank {rank} has other images, by their names, than rank {distributed_vit.rank()}: "

@@ -128,6 +128,31 @@ def test_ranks_with_other_images_are_refused(
     assert done.returncode == 1 and not (tmp_path / "run2").exists()
 
 
+OTHER_DEVICE = """
+import os, sys
+sys.path.insert(0, {repository!r})
+import torch, main_vit, setup_vit
+real = setup_vit.choose_device
+if os.environ["RANK"] == "1":
+    setup_vit.choose_device = lambda *args: real(*args) and torch.device("meta")
+sys.exit(main_vit.main())
+"""
+
+
+@pytest.mark.slow
+def test_ranks_on_other_devices_are_refused(
+    data_options: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A GPU on one machine alone: what it sends by NCCL the other, which waits on gloo, never gets."""
+    script = tmp_path / "other_machine.py"
+    script.write_text(OTHER_DEVICE.format(repository=str(REPOSITORY)))
+    command = [*TWO, str(script), *data_options, "--model-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("main_vit.py:")]
+    assert len(lines) == 1 and "rank 1 computes on meta, rank 0 on cpu" in lines[0], done.stderr
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_an_error_is_one_line_from_one_rank(environment: dict[str, str], tmp_path: Path) -> None:
     command = [*TWO, MAIN, "--download-dir", str(tmp_path / "nowhere")]
