@@ -145,7 +145,7 @@ def main_worker(
         limit = "--max-steps" if total_steps == args.max_steps else limit
         log.info(f"this run is finished: {output}/results.json; {limit} makes it longer")
         if trial:
-            trial.finish(nni_metrics(handed_on(args, state, output), args.metric))
+            trial.finish(final_metrics(args, state, output))
         return
     # Only whole epochs that a checkpoint knows of keep their line; any other will be run again.
     whole_epochs = state.validated // steps_per_epoch * steps_per_epoch
@@ -210,7 +210,7 @@ def main_worker(
     for line in report_vit.results_text(results, output):
         log.info(line)
     if trial:
-        trial.finish(nni_metrics(handed_on(args, state, output), args.metric))
+        trial.finish(final_metrics(args, state, output))
 
 
 def one_epoch(
@@ -386,9 +386,10 @@ def results_of(
     }
 
 
-def handed_on(args: argparse.Namespace, state: TrainingState, output: Path) -> dict[str, Any]:
-    """The epoch of the model that others take from this run: the best, but for PBT the last."""
-    return report_vit.lines_of(output)[-1] if args.save_checkpoint_dir else state.best
+def final_metrics(args: argparse.Namespace, state: TrainingState, output: Path) -> dict[str, float]:
+    """What NNI is told of the model that others take from this run: the best, but for PBT the last."""
+    line = report_vit.lines_of(output)[-1] if args.save_checkpoint_dir else state.best
+    return nni_metrics(line, args.metric)
 
 
 def nni_metrics(line: dict[str, Any], metric: str) -> dict[str, float]:
