@@ -97,7 +97,8 @@ def plot(rows: list[tuple[str, float, float, str]], file: Path) -> None:
     for i, (_, wanted, measured, _) in enumerate(rows):
         share = measured / wanted
         axes.barh(i, share, color="tab:green" if share >= 1 else "tab:orange")
-        axes.text(share, i, f" {measured:.3g} of {wanted:g}", va="center")
+        number = f"{measured:,.0f}" if measured >= 100 else f"{measured:.3g}"
+        axes.text(share, i, f" {number} of {wanted:g}", va="center")
     axes.axvline(1, color="black", linewidth=1)
     axes.set(xscale="log", xlabel="measured / wanted", yticks=range(len(rows)))
     axes.set_yticklabels([textwrap.fill(what, 48) for what, _, _, _ in rows])
