@@ -33,7 +33,7 @@ import report_vit
 import setup_vit
 import step_vit
 import utils_vit
-from config_vit import UsageError, resolve
+from config_vit import UsageError, resolve, saved_parameters
 from distributed_vit import RankLost
 from folder_vit import DataError, ImageLost, in_one_line
 from options_vit import make_parser
@@ -126,7 +126,7 @@ def main_worker(
     # From here on: an assessor may end a trial that was resumed while its curve is told again.
     signals = StopSignals()
     leads = distributed_vit.rank() == 0
-    parameters = setup_vit.saved_parameters(args)
+    parameters = saved_parameters(args)
     for line in report_vit.describe(args, device, data, state.model, output, state.step):
         log.info(line)
 

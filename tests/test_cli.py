@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
+import config_vit
 import main_vit
-import setup_vit
 from config_vit import UsageError, resolve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -297,7 +297,7 @@ def test_values_that_are_not_single(value: Any, config) -> None:
 )
 def test_saved_parameters_repeat_the_run(argv: str, tmp_path: Path) -> None:
     args = parameters(*argv.split())
-    saved = setup_vit.saved_parameters(args)
+    saved = config_vit.saved_parameters(args)
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(saved))
     again = parameters("--config", str(tmp_path / "args.yaml"))
     assert vars(again) | {"config": None} == vars(args)
@@ -311,7 +311,7 @@ def test_saved_parameters_repeat_the_run(argv: str, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_repeated_run_may_differ_in_one_parameter(argv: str, config) -> None:
-    saved = yaml.safe_dump(setup_vit.saved_parameters(parameters()))
+    saved = yaml.safe_dump(config_vit.saved_parameters(parameters()))
     name, *values = argv.split()
     args = vars(parameters(*config(saved), name, *values))
     assert str(args[name[2:].replace("-", "_")]) == "".join(values or ["True"])
@@ -344,7 +344,7 @@ def test_what_follows_from_a_changed_parameter_of_args_yaml(tmp_path: Path) -> N
     """A value that was a default follows; one that somebody chose stays."""
     file = tmp_path / "args.yaml"
     given = {"epochs": 3, "optimizer": "adamw", "vt_dim": 256, "vt_heads": 8}
-    file.write_text(yaml.safe_dump(setup_vit.saved_parameters(resolve_of(**given))))
+    file.write_text(yaml.safe_dump(config_vit.saved_parameters(resolve_of(**given))))
     again = resolve_of(config=file, optimizer="sgd", vt_dim=64, epochs=100)
     assert (again.lr, again.weight_decay, again.dim_head, again.warmup_epochs) == (
         0.02,
@@ -353,7 +353,7 @@ def test_what_follows_from_a_changed_parameter_of_args_yaml(tmp_path: Path) -> N
         10,
     )
     chosen = {"lr": 0.1, "weight_decay": 0.2, "dim_head": 5, "warmup_epochs": 1}
-    file.write_text(yaml.safe_dump(setup_vit.saved_parameters(resolve_of(**given, **chosen))))
+    file.write_text(yaml.safe_dump(config_vit.saved_parameters(resolve_of(**given, **chosen))))
     again = resolve_of(config=file, optimizer="sgd", vt_dim=64, epochs=100)
     assert {name: getattr(again, name) for name in chosen} == chosen
     chosen = {"weight_decay": 1e-4, "dim_head": 1, "warmup_epochs": 0}  # and nothing else

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 import main_vit
+import output_vit
 import setup_vit
 import utils_vit
 from config_vit import UsageError, resolve
-from setup_vit import hold_folder
+from output_vit import hold_folder
 from utils_vit import load_checkpoint
 
 TINY = (
@@ -323,7 +324,7 @@ def test_runs_that_start_in_one_second_have_folders_of_their_own(
     image_folder: Path, run_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether the one before is at work or has ended."""
-    monkeypatch.setattr(setup_vit.time, "strftime", lambda _: "now")
+    monkeypatch.setattr(output_vit.time, "strftime", lambda _: "now")
     argv = ["--download-dir", image_folder, *TINY.split(), "--max-steps", 1]
     first = run_main(*argv)
     with hold_folder(first.cwd / "runs/now-0-2", 0):

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import check_vit
+import config_vit
 import main_vit
-import setup_vit
 import space_vit
 from config_vit import NOT_SAVED, UsageError, resolve
 from utils_vit import CheckpointError
@@ -328,11 +328,11 @@ def resolved(argv: list[str], sample: dict[str, Any] | None = None) -> Any:
     except (UsageError, CheckpointError) as error:
         assert_one_line(str(error))
         return None
-    saved = setup_vit.saved_parameters(args)
+    saved = config_vit.saved_parameters(args)
     assert all(math.isfinite(v) for v in saved.values() if isinstance(v, float))
     # "~" and "." are the folders of this run, wherever args.yaml is read.
     Path("saved.yaml").write_text(yaml.safe_dump(saved))
-    assert setup_vit.saved_parameters(resolve(PARSER, ["--config", "saved.yaml"])) == saved
+    assert config_vit.saved_parameters(resolve(PARSER, ["--config", "saved.yaml"])) == saved
     return args
 
 
