@@ -396,6 +396,25 @@ def test_a_population_survives_its_trials(failing: float, tmp_path: Path) -> Non
         assert all(m.hyper_parameters["load_checkpoint_dir"] in left for m in resumed.population)
 
 
+def test_a_population_resumes_beside_a_result_without_a_number(tmp_path: Path) -> None:
+    """Such an entry counts as a member that failed; a plain 0 is a result like any other."""
+    from pbt_tuner import PBT
+
+    tuner = PBT(all_checkpoint_dir=str(tmp_path), population_size=2, seed=0)
+    tuner.update_search_space({"lr": {"_type": "uniform", "_value": [0.1, 0.2]}})
+    entries = []
+    for member, value in enumerate([{"loss": 1.0}, 0]):
+        folder = Path(tuner.population[member].checkpoint_dir) / "0"
+        folder.mkdir(parents=True)
+        entries.append(
+            {"parameter": {"lr": 0.15, "save_checkpoint_dir": str(folder)}, "value": value}
+        )
+    tuner.import_data(entries)
+    assert tuner.epoch == 1
+    left = entries[1]["parameter"]["save_checkpoint_dir"]  # both go on from the one with a result
+    assert {trial.hyper_parameters["load_checkpoint_dir"] for trial in tuner.population} == {left}
+
+
 def test_a_population_of_which_no_share_is_replaced(tmp_path: Path) -> None:
     """With `fraction: 0` every member goes on by itself, but for one that failed."""
     module = importlib.import_module("pbt_tuner")
