@@ -345,7 +345,7 @@ def validate(
     if not math.isfinite(loss):
         raise RunFailed(
             f"the loss on held-out images is not finite after epoch {state.epoch + 1}, "
-            f"step {state.step}: a lower --lr may help"
+            f"step {state.step}: {step_vit.cure(state)}"
         )
     probabilities = logits.cpu().double().softmax(dim=1).numpy()
     return {"loss": loss, **report_vit.measure(probabilities, targets)}, probabilities, targets

@@ -61,7 +61,7 @@ def make_parser() -> Parser:
     add("--clip-grad", type=number(float, 0), metavar="NORM", default=1.0, help="largest gradient norm, 0 for no limit (default: %(default)s)")
     add("--moving-average-decay", type=share, metavar="SHARE", default=0.0, help="EMA of the weights, then validated and saved instead; 0 for none (default: %(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", default=0, help="of everything random (default: %(default)s)")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 is mixed precision; auto takes it where the device gains from it (default: %(default)s)")
+    add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="the 16-bit ones are mixed precision; auto takes it where the device gains from it (default: %(default)s)")
     add("--deterministic", action="store_true", help="on a GPU the algorithms that repeat to the bit, where torch has them; may be slower")
     add("--gpu", type=number(int, 0), metavar="N", help="CUDA device (default: the first, under NNI each trial the next; the CPU where there is none)")
     add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads of the computation (default: the cores that this process may use, under NNI its share of them; OMP_NUM_THREADS, which torchrun sets to 1, limits it)")

@@ -122,8 +122,9 @@ class Classifier(nn.Module):
         In the precision of the run, where this device computes in it: as its validation did.
         """
         size, channels = self.args.image_size, self.args.channel
-        fast = setup_vit.has_bfloat16(self.device)
-        autocast = step_vit.autocast(self.device, self.args.precision if fast else "float32")
+        precision = self.args.precision
+        fast = setup_vit.computes_in(precision, self.device)
+        autocast = step_vit.autocast(self.device, precision if fast else "float32")
         count = max(1, DECODED_AT_ONCE // (channels * size**2))
         for first in range(0, len(images.names), count):
             part = slice(first, first + count)

@@ -62,9 +62,9 @@ def set_up(
         notes += budget_vit.continue_member(state, args, data)
     if args.init_from and not state.step:
         notes += start_from(state, args, data.classes)
-    if args.precision == "bfloat16" and not has_bfloat16(device):  # a run of another machine, say
+    if not computes_in(args.precision, device):  # a run of another machine, say
         remedy = "" if args.resume else ": --precision float32"  # which a resume would refuse
-        notes.append(f"bfloat16 is slow here, without instructions for it{remedy}")
+        notes.append(f"{args.precision} is slow here, without instructions for it{remedy}")
     # Whichever process was first on its machine has decoded the images, and says so.
     data.notes[:] = dict.fromkeys(itertools.chain(*distributed_vit.all_gather(data.notes + notes)))
     return args, device, output, data, state
@@ -103,7 +103,7 @@ def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torc
         device = torch.device("cuda", turn if args.gpu is None else args.gpu)
         start_gpu(device, args.deterministic)
     if args.precision == "auto":
-        args.precision = "bfloat16" if gains_from_bfloat16(device, args) else "float32"
+        args.precision = fastest_precision(device, args)
     return device
 
 
@@ -131,18 +131,32 @@ def start_gpu(device: torch.device, deterministic: bool = False) -> None:
 BFLOAT16_PAYS = 6e6
 
 
-def gains_from_bfloat16(device: torch.device, args: argparse.Namespace) -> bool:
-    """Whether the device computes the steps of a run faster in bfloat16 than in float32."""
-    work = args.batch_size * args.patch_num**2 * args.vt_dim**2
-    return has_bfloat16(device) and (device.type == "cuda" or work >= BFLOAT16_PAYS)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16, without which a CPU is hundreds of times slower in it."""
+def fastest_precision(device: torch.device, args: argparse.Namespace) -> str:
+    """The precision in which the device computes the steps of a run fastest."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        # bfloat16 where it can be had: it needs no scaling of the gradient.
+        return next(p for p in ("bfloat16", "float16", "float32") if computes_in(p, device))
+    work = args.batch_size * args.patch_num**2 * args.vt_dim**2
+    pays = computes_in("bfloat16", device) and work >= BFLOAT16_PAYS
+    return "bfloat16" if pays else "float32"
+
+
+# Of a GPU the compute capability, of a CPU the instructions; without them a CPU takes hundreds of times as long.
+TENSOR_CORES = {"bfloat16": (8, 0), "float16": (7, 0)}
+CPU_INSTRUCTIONS = {
+    "bfloat16": ("avx512_bf16", "amx_bf16"),
+    "float16": ("avx512_fp16", "amx_fp16"),
+}
+
+
+def computes_in(precision: str, device: torch.device) -> bool:
+    """Whether the device has instructions for products in this precision."""
+    if precision == "float32":
+        return True
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= TENSOR_CORES[precision]
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return any(capabilities.get(name) for name in CPU_INSTRUCTIONS[precision])
 
 
 def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> data_vit.Data:
@@ -209,7 +223,7 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
     optimizer = step_vit.make_optimizer(
         args.optimizer, model, args.lr, args.weight_decay, args.momentum
     )
-    return TrainingState(model, optimizer, args.moving_average_decay)
+    return TrainingState(model, optimizer, args.moving_average_decay, args.precision == "float16")
 
 
 def continue_run(state: TrainingState, file: Path, data: data_vit.Data) -> list[str]:

@@ -47,7 +47,11 @@ def make_optimizer(
         case "adamw":
             return light(torch.optim.AdamW)(groups, lr, fused=True)
         case "sgd":
-            return light(torch.optim.SGD)(groups, lr, momentum=momentum, fused=True)
+            sgd = light(torch.optim.SGD)(groups, lr, momentum=momentum, fused=True)
+            # After a first step that the scaler skips its fused kernel would go on from a momentum
+            # that was never written (torch to 2.14 at least): the scaler shall not ask the kernel.
+            sgd._step_supports_amp_scaling = False
+            return sgd
         case "rmsprop":
             return light(torch.optim.RMSprop)(groups, lr, momentum=momentum)
     raise ValueError(f"optimizer '{name}' is not adam, adamw, sgd or rmsprop")
@@ -86,12 +90,14 @@ def training_step(
         loss, predicted, targets = of_all_ranks(
             state.parameters, loss, predicted, targets, batch_size
         )
+    state.scaler.unscale_(state.optimizer)
     if args.clip_grad:
         nn.utils.clip_grad_norm_(state.parameters, args.clip_grad)
     try:
-        state.optimizer.step()
+        state.scaler.step(state.optimizer)
     except torch.OutOfMemoryError:  # its moments, at the first step: smaller pieces would not help
         raise OutOfMemory(f"the model and the moments of {args.optimizer} {TOO_LARGE}") from None
+    state.scaler.update()
     state.step += 1
     if state.ema:
         state.ema.update(state.step)
@@ -147,7 +153,7 @@ def gradient(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the mean loss, added up over `state.pieces`; returns loss and predicted classes of this part.
 
-    `targets` are numbers (batch,) or probabilities (batch, classes).
+    In float16 it is as many times as large as `state.scaler` says. `targets` are numbers (batch,) or probabilities (batch, classes).
     """
     ranks, rank = distributed_vit.ranks(), distributed_vit.rank()
     position = ("step", state.step, rank) if ranks > 1 else ("step", state.step)
@@ -169,7 +175,7 @@ def gradient(
         part_loss = F.cross_entropy(
             output.float(), part_targets, label_smoothing=args.label_smoothing
         ) * (len(part) / batch_size)
-        part_loss.backward()
+        state.scaler.scale(part_loss).backward()
         loss += part_loss.detach()
         predicted.append(output.argmax(dim=1))
     return loss, torch.cat(predicted)
@@ -213,10 +219,16 @@ def check_finite(state: TrainingState) -> None:
     if not finite.all():
         step = state.step - len(finite) + int(finite.int().argmin()) + 1
         raise RunFailed(
-            f"the loss is not finite at epoch {state.epoch + 1}, step {step}: a lower --lr may help"
+            f"the loss is not finite at epoch {state.epoch + 1}, step {step}: {cure(state)}"
         )
+
+
+def cure(state: TrainingState) -> str:
+    """What to do about a loss that is not finite."""
+    text = "a lower --lr may help"
+    return f"{text}, or --precision float32" if state.scaler.is_enabled() else text
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision for the forward pass."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    return torch.autocast(device.type, getattr(torch, precision), precision != "float32")

@@ -216,12 +216,18 @@ class TrainingState:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema_decay: float
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema_decay: float,
+        float16: bool = False,
     ) -> None:
         self.model = model
         self.parameters = list(model.parameters())  # listed once: to walk a model takes 0.1 ms
         self.optimizer = optimizer
         self.ema = Ema(model, ema_decay) if ema_decay else None
+        # Small gradients would be 0 in float16 (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740).
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=float16)
         self.epoch = 0  # the epoch under way
         self.step = 0  # optimizer steps taken
         self.validated = 0  # the step after which validation came last
@@ -253,6 +259,7 @@ class TrainingState:
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
             "validated": self.validated,
@@ -274,6 +281,8 @@ class TrainingState:
         device = next(self.model.parameters()).device
         self.epoch, self.step, self.validated = state["epoch"], state["step"], state["validated"]
         self.best = state["best"]
+        if state.get("scaler"):  # not one of PBT that goes on from another's float32
+            self.scaler.load_state_dict(state["scaler"])
         self.pieces = state.get("pieces", 1)  # in others the sums would be taken in another order
         self.outputs = [tuple(t.to(device) for t in step) for step in unpacked(state["outputs"])]
 

@@ -177,7 +177,7 @@ def chosen_precision(size: dict[str, int]) -> str:
 
 def ways(precision: str, compiled: bool) -> list[Trial]:
     """Every way in the settings that are tried."""
-    amp = ("--amp",) if precision == "bfloat16" else ()
+    amp = () if precision == "float32" else ("--amp", precision)
     cores = len(os.sched_getaffinity(0))
     trials = [Trial("original, as it was", "original")]
     for workers in sorted({2, cores}):

@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from timed import hardware
 
-    from setup_vit import has_bfloat16
+    from setup_vit import computes_in
 
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [*CONFIGURATIONS]
     names = names[:2] if args.quick else names
     # Without instructions for it a CPU is a hundred times slower in bfloat16: nothing to compare.
-    precisions = ["float32"] + ["bfloat16"] * has_bfloat16(torch.device(args.device))
+    precisions = ["float32"] + ["bfloat16"] * computes_in("bfloat16", torch.device(args.device))
     print(f"{hardware()}, threads: {torch.get_num_threads()}, {args.device}\n")
 
     rates, profiles = zip(*arithmetic(args.device, precisions, args.repeats, names), strict=True)

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--amp", choices=("bfloat16", "float16"), help="mixed precision")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one an epoch")
     args = parser.parse_args()
@@ -61,7 +61,10 @@ def main() -> None:
     optimizer = create_optimizer_v2(model, opt="adam", lr=args.lr, fused=True)
     criterion = torch.nn.CrossEntropyLoss()
     compiled = torch.compile(model) if args.compile else model
-    amp = torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext()
+    amp = contextlib.nullcontext()
+    if args.amp:
+        amp = torch.autocast(device.type, getattr(torch, args.amp))
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "float16")
 
     for _ in range(args.epochs):
         began, seen = time.perf_counter(), 0
@@ -69,8 +72,9 @@ def main() -> None:
         for images, targets in loaders["train"]:
             with amp:
                 loss = criterion(compiled(images), targets)
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             seen += len(targets)
         if device.type == "cuda":

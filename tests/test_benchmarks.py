@@ -90,7 +90,7 @@ def test_every_benchmark_runs_through(jpegs: Path) -> None:
         "from the cache against Pillow", "2 at a time", "early stopping",
     ):  # fmt: skip
         assert goal in summary
-    has_bfloat16 = setup_vit.has_bfloat16(torch.device("cpu"))
+    has_bfloat16 = setup_vit.computes_in("bfloat16", torch.device("cpu"))
     assert (" | bfloat16 | " in sections[1]) == has_bfloat16  # in limits.py
 
     lines = [line for line in sections[0].splitlines() if line.startswith("|")]

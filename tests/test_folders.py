@@ -313,11 +313,24 @@ def test_a_small_model_is_float32_on_a_cpu(
 ) -> None:
     """Where bfloat16 gains nothing; the machine of the test may have none, and may have a GPU."""
     monkeypatch.setattr(utils_vit, "usable_gpus", lambda: 0)
-    monkeypatch.setattr(setup_vit, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     args = resolve(main_vit.make_parser(), ["-s", "16", "-b", "32", *sizes])
     setup_vit.choose_device(args, None)
     assert args.precision == expected
-    assert setup_vit.gains_from_bfloat16(torch.device("cuda"), args)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((6, 1), "float32"), ((7, 5), "float16"), ((8, 6), "bfloat16"), ((9, 0), "bfloat16")],
+    ids=["Pascal", "Turing", "Ampere", "Hopper"],
+)
+def test_precision_on_a_gpu(
+    capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the size of the model."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    args = resolve(main_vit.make_parser(), ["-s", "16", "-pn", "2", "--vt-dim", "32"])
+    assert setup_vit.fastest_precision(torch.device("cuda"), args) == expected
 
 
 def test_runs_that_start_in_one_second_have_folders_of_their_own(

@@ -25,6 +25,7 @@ RUNS = {
         "--cutmix=0.5 --dropout=0.1 --moving-average-decay=0.9 --cache=off"
     ),
     "mean pool, rmsprop": "--pool=mean --optimizer=rmsprop --lr=1e-4",
+    "float16, sgd": "--precision=float16 --optimizer=sgd",
     "float32, sgd": "--precision=float32 --optimizer=sgd",
 }
 Start = Callable[..., str]

@@ -289,10 +289,8 @@ def test_auto_resume_keeps_the_precision_of_another_machine(
 ) -> None:
     argv = [a for a in TINY if a not in ("--precision", "float32")]
     argv = ["--download-dir", image_folder, *argv, "--auto-resume", "--model-dir", tmp_path / "run"]
-    for steps, bfloat16 in ((16, False), (20, True)):
-        monkeypatch.setattr(
-            setup_vit, "gains_from_bfloat16", lambda device, args, answer=bfloat16: answer
-        )
+    for steps, precision in ((16, "float32"), (20, "bfloat16")):
+        monkeypatch.setattr(setup_vit, "fastest_precision", lambda *_, answer=precision: answer)
         result = run_main(*argv, "--max-steps", steps)
         assert result.status == 0, result.stderr
         assert ", float32" in result.stdout

@@ -113,7 +113,7 @@ def equal(one: Any, other: Any) -> bool:
     return one == other
 
 
-TRAINED = ("model", "ema", "optimizer", "step", "best", "outputs")
+TRAINED = ("model", "ema", "optimizer", "scaler", "step", "best", "outputs")
 
 
 def assert_same_run(one: Path, other: Path, read_lines: ReadLines) -> None:
@@ -374,6 +374,7 @@ def test_args_yaml_repeats_the_run(
         {"clip_grad": 0.1},
         {"moving_average_decay": 0.9999},
         {"precision": "bfloat16"},
+        {"precision": "float16"},
         {"dropout": 0.1, "emb_dropout": 0.1},
         {"pool": "mean"},
         {"channel": 1, "patch_size": 2},
@@ -625,7 +626,11 @@ def test_resume_of_a_finished_run_changes_nothing(
             signal.SIGINT,
             EVERY_AUGMENTATION | {"batch_size": 2, "epochs": 6, "precision": "bfloat16"},
         ),
-        pytest.param(signal.SIGHUP, {"batch_size": 2, "epochs": 6}, marks=pytest.mark.slow),
+        pytest.param(
+            signal.SIGHUP,
+            {"batch_size": 2, "epochs": 6, "precision": "float16"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(  # all steps of the epoch are done
             signal.SIGTERM, {"batch_size": 1000, "epochs": 30}, marks=pytest.mark.slow
         ),
