@@ -342,10 +342,11 @@ def operation_matrices(level: float) -> np.ndarray:
 
 def operate(images: Tensor, numbers: np.ndarray, signs: np.ndarray, level: float) -> None:
     """Change, in place, the colours of each image by the operation that `numbers` (batch,) gives it."""
-    for name, change in COLORS.items():
-        rows = np.flatnonzero(numbers == RANDAUGMENT.index(name))
-        if len(rows):
-            index = send(rows, images.device)
-            factors = (1 + 0.9 * level * signs[rows]).astype(np.float32)
-            factor = send(factors, images.device)[:, None, None, None]
-            images.index_copy_(0, index, change(images[index], factor, level))
+    order = np.argsort(numbers, kind="stable")
+    factors = (1 + 0.9 * level * signs[order]).astype(np.float32)
+    counts = np.bincount(numbers, minlength=len(RANDAUGMENT)).tolist()
+    parts = (send(array, images.device).split(counts) for array in (order, factors))
+    for name, rows, factor in zip(RANDAUGMENT, *parts, strict=True):
+        if name in COLORS and len(rows):
+            changed = COLORS[name](images[rows], factor[:, None, None, None], level)
+            images.index_copy_(0, rows, changed)

@@ -16,7 +16,7 @@ import numpy as np
 from folder_vit import ImageFolder, ImageLost, printable, size_time_problem
 from images_vit import Pixels, decode_again, decode_all, quiet_pillow
 
-CACHE_FORMAT = 7  # to be raised when decoding or the file changes
+CACHE_FORMAT = 8  # to be raised when decoding or the file changes
 HEADER_LENGTH, TAIL_LENGTH = 128, 12  # bytes
 log = logging.getLogger("vit.cache")
 
@@ -33,6 +33,7 @@ class CachedPixels(Pixels):
         self.file, self.descriptor = file, descriptor
         self.checksums = np.zeros(0, "<u4")
         self.broken: dict[int, str] = {}
+        self.brightest = 0
         self.stats = np.zeros((0, 2), np.int64)  # size and modification time of the image files
         self.verified = np.zeros(shape[0], bool)
         self.named: set[int] = set()
@@ -105,7 +106,7 @@ def make_footer(shape: tuple[int, ...], checksums: np.ndarray, info: dict[str, A
 
 
 def read_footer(descriptor: int) -> tuple[dict[str, Any], np.ndarray] | None:
-    """{"folder", "shape", "broken"} and the checksums (images,); None if anything is not as written."""
+    """{"folder", "shape", "broken", "brightest"} and the checksums (images,); None if anything is not as written."""
     try:
         length = os.fstat(descriptor).st_size
         tail = os.pread(descriptor, TAIL_LENGTH, max(0, length - TAIL_LENGTH))
@@ -147,6 +148,7 @@ def open_cache(
     info, pixels.checksums = found
     pixels.shape = tuple(info["shape"])
     pixels.broken = {int(i): why for i, why in info["broken"].items()}
+    pixels.brightest = info["brightest"]
     pixels.stats = stats
     return pixels
 
@@ -184,9 +186,10 @@ def build_cache(
             checksums[row] = zlib.crc32(content)
             _write(descriptor, content, HEADER_LENGTH + row * row_length)
 
-        broken, grey = decode_all(images, shape, workers, problems, keep)
+        broken, grey, brightest = decode_all(images, shape, workers, problems, keep)
         kept = _settle(descriptor, shape, grey, checksums)
         info = {"folder": str(images.folder), "shape": kept, "broken": broken}
+        info["brightest"] = brightest
         _write(descriptor, make_header(kept), 0)
         _write(descriptor, make_footer(kept, checksums, info), HEADER_LENGTH + math.prod(kept))
         os.fsync(descriptor)

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import PIL
 
 from cache_file_vit import CACHE_FORMAT, build_cache, open_cache, read_footer
 from folder_vit import DataError, ImageFolder, printable, size_time_problem
@@ -44,7 +45,7 @@ def decode_folder(
     """Decode every image once and, on "disk", keep the result in `cache_dir` for every later run.
 
     The cache file belongs to the folder, its list of (path, size, modification time), the image size and
-    channels; where no image has colour, it holds one channel, which stands for all. (Two files that
+    channels, and Pillow's version; where no image has colour, it holds one channel, which stands for all. (Two files that
     change places and agree in both are not noticed; the time of change would tell, and would build it
     again after every copy of the folder.) Of processes that need the same one at once, one builds it and
     the others wait. While it is built it takes the space of all channels. Nothing is kept of files that
@@ -76,7 +77,7 @@ def decode_folder(
             f"the cache of decoded images cannot be kept in {cache_dir}: {error.strerror or error}; "
             "make room there, give --cache-dir another folder, or --cache off"
         ) from None
-    return DecodedImages(pixels, pixels.broken, file, built)
+    return DecodedImages(pixels, pixels.broken, pixels.brightest, file, built)
 
 
 def place_of(
@@ -92,7 +93,8 @@ def place_of(
         *stats[i], problem = size_time_problem(f"{folder}/{name}")
         if problem:
             problems[i] = problem
-    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, size, channels, problems]).encode())
+    decoder = [CACHE_FORMAT, PIL.__version__]  # another may read what this one cannot
+    digest = hashlib.sha256(json.dumps([*decoder, size, channels, problems]).encode())
     # Copies of one archive can agree in every name, size and time, and not in their images.
     place = os.path.realpath(images.folder)
     digest.update("\0".join([place, *images.names]).encode(errors="surrogateescape"))

@@ -199,6 +199,11 @@ def open_data(
             notes.append(f"decoded {images.folder} into {decoded.file or 'memory'} ({size})")
         else:
             notes.append(f"{images.folder} is read from the cache {decoded.file} ({size})")
+        if 0 < decoded.brightest < 128:
+            notes.append(
+                f"{images.folder}: no pixel is brighter than {decoded.brightest} of 255. If its files hold "
+                "fewer bits than they could, a scanner's 14 of 16, say, scale them: grey levels are lost"
+            )
         if images.ignored:
             notes.append(f"{images.folder}: files left out: {most_common(images.ignored)}")
     if broken:
@@ -370,8 +375,8 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """One epoch, shuffled and augmented, from batch `start` on, or `rank`'s part of every batch.
 
-    Yields images and targets as `batches` does and, where images are mixed, the probabilities
-    (batch, num_classes) to train on, else None. A part of a short last batch may be empty.
+    Yields images and targets as `batches` does and None or, where images are mixed, the probabilities
+    (batch, num_classes) to train on, whose largest the targets then are. A part of a short last batch may be empty.
     """
     # Every draw belongs to a sample of the epoch that `seed` stands for, whatever the batch it is in:
     # an epoch that is resumed in its middle, or shared by processes, shows the same images.
@@ -394,4 +399,4 @@ def training_batches(
         images, share = epoch.mix(images, others, positions)
         soft = F.one_hot(targets, num_classes) * share
         soft += F.one_hot(other_targets, num_classes) * (1 - share)
-        yield images, targets, soft
+        yield images, soft.argmax(dim=1), soft

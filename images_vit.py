@@ -123,12 +123,13 @@ def decode_all(
     workers: int,
     problems: dict[int, str],
     keep: Callable[[int, np.ndarray], None],
-) -> tuple[dict[int, str], np.ndarray]:
+) -> tuple[dict[int, str], np.ndarray, int]:
     """Hand the planes of every image without a problem to `keep`.
 
-    Returns why the others could not be decoded, by index, and which rows have no colour, bool (images,).
+    Returns why the others could not be decoded, by index, which rows have no colour, bool (images,), and
+    the brightest pixel of all, of 255.
     """
-    grey = np.ones(shape[0], bool)
+    grey, brightest = np.ones(shape[0], bool), np.zeros(shape[0], np.uint8)
 
     def decode(row: int) -> str | None:
         try:
@@ -137,7 +138,7 @@ def decode_all(
             raise
         except ValueError as error:
             return str(error)
-        grey[row] = len(image) == 1
+        grey[row], brightest[row] = len(image) == 1, image.max()
         keep(row, image)
         return None
 
@@ -164,7 +165,7 @@ def decode_all(
                         broken[row] = reason
     finally:
         pool.shutdown(cancel_futures=True)
-    return broken, grey
+    return broken, grey, int(brightest.max())
 
 
 def decode_again(path: Path, channels: int, image: np.ndarray) -> None:
@@ -232,6 +233,7 @@ class DecodedImages:
 
     pixels: Pixels | np.ndarray  # (images, channels, size, size) or (images, 1, ...)
     broken: dict[int, str]  # index -> why it could not be decoded
+    brightest: int  # pixel of all, of 255
     file: Path | None  # of the cache on disk
     built: bool  # by this process, just now
 
@@ -242,9 +244,10 @@ def decode_here(
     """Decode into memory, or once to see what is broken; `shape` has the channels that are asked for."""
     one_channel = (shape[0], 1, *shape[2:])
     if mode == "off":
-        broken, grey = decode_all(images, shape, workers, problems, lambda row, planes: None)
+        broken, grey, brightest = decode_all(images, shape, workers, problems, lambda *_: None)
         kept = one_channel if grey.all() else shape
-        return DecodedImages(DecodingPixels(images, kept, shape[1], workers), broken, None, True)
+        pixels = DecodingPixels(images, kept, shape[1], workers)
+        return DecodedImages(pixels, broken, brightest, None, True)
     needed, available = math.prod(shape), available_memory()
     if needed > available:
         raise DataError(
@@ -252,11 +255,11 @@ def decode_here(
             f"{available / 1e9:,.2f} GB are free: leave it out, and they are kept on disk"
         )
     pixels = np.zeros(shape, np.uint8)
-    broken, grey = decode_all(images, shape, workers, problems, pixels.__setitem__)
+    broken, grey, brightest = decode_all(images, shape, workers, problems, pixels.__setitem__)
     if grey.all() and shape[1] > 1:
         close_ranks = pixels.reshape(-1, 1, *shape[2:])
         for row in range(shape[0]):
             close_ranks[row] = pixels[row, :1]  # never over a row that is still to come
         del close_ranks
         pixels.resize(one_channel, refcheck=False)  # gives the rest back
-    return DecodedImages(pixels, broken, None, True)
+    return DecodedImages(pixels, broken, brightest, None, True)

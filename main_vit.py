@@ -233,11 +233,10 @@ def one_epoch(
     line |= {f"val_{name}": value for name, value in metrics.items()}
     steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
     is_whole = state.step % steps_per_epoch == 0
-    name = f"val_{args.metric}"
     if state.best is None or state.best["step"] % steps_per_epoch:
         is_best = True
     else:
-        is_best = is_whole and report_vit.improves(args.metric, line[name], state.best[name])
+        is_best = is_whole and report_vit.improves(args.metric, line, state.best)
     state.complete_epoch(line, is_best, is_whole)
     return line, is_best
 

@@ -21,9 +21,11 @@ METRICS = {"accuracy": "max", "balanced_accuracy": "max", "auc": "max", "loss": 
 Z_95 = 1.959964  # a normal distribution has 95 % within so many standard deviations
 
 
-def improves(metric: str, value: float, best: float) -> bool:
-    """Whether `value` is better than `best`; equal is not."""
-    return value > best if METRICS[metric] == "max" else value < best
+def improves(metric: str, line: dict[str, Any], best: dict[str, Any]) -> bool:
+    """Whether an epoch is better than the best before: by `metric` and, where that is the same, by the loss."""
+    sign = 1 if METRICS[metric] == "max" else -1
+    merit, most = ((sign * x[f"val_{metric}"], -x["val_loss"]) for x in (line, best))
+    return merit > most
 
 
 def accuracies(predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:

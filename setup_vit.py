@@ -34,12 +34,13 @@ def set_up(
     """All that training needs; the parameters come back complete, and the same on all ranks."""
     by_itself = {"precision": "auto", "threads": None}
     undecided = {name for name, value in by_itself.items() if getattr(args, name) == value}
-    device = distributed_vit.together(lambda: choose_device(args, trial))
+    concurrency = distributed_vit.from_rank_0(lambda: trial.concurrency() if trial else 1)
+    device = distributed_vit.together(lambda: choose_device(args, trial, concurrency))
     args, output = distributed_vit.from_rank_0(
         lambda: (args, output_folder(args, trial, undecided, until_end))
     )
     torch.set_num_threads(args.threads)
-    data = distributed_vit.together(lambda: open_data(args, trial))
+    data = distributed_vit.together(lambda: open_data(args, concurrency))
     everywhere = distributed_vit.all_gather((device.type, data.fingerprints))
     for rank, (kind, others) in enumerate(everywhere):
         if kind != device.type:  # they would wait for each other's messages on another device
@@ -70,11 +71,15 @@ def set_up(
     return args, device, output, data, state
 
 
-def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torch.device:
-    """The device of the run, its number of threads, and the precision that `auto` stands for."""
+def choose_device(
+    args: argparse.Namespace, trial: nni_vit.Trial | None = None, concurrency: int = 1
+) -> torch.device:
+    """The device of the run, ready to compute on: with its number of threads and its kind of algorithms.
+
+    Sets args.threads, and args.precision where it is `auto`. `concurrency` is the number of trials at a time.
+    """
     if args.threads is None:
         # In args.yaml then: sums depend, in their last bits, on how many threads share them.
-        concurrency = trial.concurrency() if trial else 1
         given = "OMP_NUM_THREADS" in os.environ
         args.threads = machine_vit.default_threads(
             machine_vit.usable_cores(), torch.get_num_threads(), concurrency, given
@@ -85,6 +90,20 @@ def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torc
         torch.use_deterministic_algorithms(True, warn_only=True)
         # It would fill memory that is not read before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False
+    gpu = choose_gpu(args, trial)
+    if gpu is None:
+        device = torch.device("cpu")
+        machine_vit.keep_freed_memory()
+    else:
+        device = torch.device("cuda", gpu)
+        start_gpu(device, args.deterministic)
+    if args.precision == "auto":
+        args.precision = fastest_precision(device, args)
+    return device
+
+
+def choose_gpu(args: argparse.Namespace, trial: nni_vit.Trial | None) -> int | None:
+    """The number of the GPU of this process, None if there is no GPU. Raises UsageError."""
     gpus, ranks = utils_vit.usable_gpus(), distributed_vit.ranks()
     if ranks > 1 and args.gpu is not None:
         raise UsageError("--gpu is for one process; torchrun gives each of its processes a GPU")
@@ -94,17 +113,12 @@ def choose_device(args: argparse.Namespace, trial: nni_vit.Trial | None) -> torc
             f"--nproc-per-node {gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     if gpus == 0:
-        device = torch.device("cpu")
-        machine_vit.keep_freed_memory()
-    else:
-        turn = nni_vit.trial_gpu(trial.sequence_id, gpus) if trial else 0
-        if ranks > 1:
-            turn = distributed_vit.local_rank()
-        device = torch.device("cuda", turn if args.gpu is None else args.gpu)
-        start_gpu(device, args.deterministic)
-    if args.precision == "auto":
-        args.precision = fastest_precision(device, args)
-    return device
+        return None
+    if args.gpu is not None:
+        return args.gpu
+    if ranks > 1:
+        return distributed_vit.local_rank()
+    return nni_vit.trial_gpu(trial.sequence_id, gpus) if trial else 0
 
 
 def start_gpu(device: torch.device, deterministic: bool = False) -> None:
@@ -159,7 +173,7 @@ def computes_in(precision: str, device: torch.device) -> bool:
     return any(capabilities.get(name) for name in CPU_INSTRUCTIONS[precision])
 
 
-def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> data_vit.Data:
+def open_data(args: argparse.Namespace, concurrency: int = 1) -> data_vit.Data:
     """The images of --download-dir, or the demo, on the GPU that was chosen if they fit."""
     data = data_vit.open_data(
         args.download_dir or demo_vit.make_digits(),
@@ -178,7 +192,7 @@ def open_data(args: argparse.Namespace, trial: nni_vit.Trial | None = None) -> d
         device = torch.device("cuda", torch.cuda.current_device())
         # Trials that start together see the same memory free. Where NNI gives each a GPU of its own this
         # leaves more free than it has to.
-        trials = math.ceil((trial.concurrency() if trial else 1) / utils_vit.usable_gpus())
+        trials = math.ceil(concurrency / utils_vit.usable_gpus())
         data = data_vit.keep_on_device(data, device, torch.cuda.mem_get_info(device)[0] // trials)
     args.num_classes = len(data.classes)
     val_classes = np.unique(data.val.targets[data.val.indices])

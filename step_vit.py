@@ -214,8 +214,10 @@ def seed_dropout(device: torch.device, seed: int) -> None:
 
 
 def check_finite(state: TrainingState) -> None:
-    """Raises RunFailed if a loss of this epoch is not finite."""
+    """Raises RunFailed if a loss of this epoch is not finite, or what the last step made of the weights."""
     finite = torch.stack([loss for loss, _, _ in state.outputs]).isfinite()
+    if not torch.stack([weight.isfinite().all() for weight in state.parameters]).all():
+        finite[-1] = False
     if not finite.all():
         step = state.step - len(finite) + int(finite.int().argmin()) + 1
         raise RunFailed(

@@ -230,7 +230,11 @@ class ViT(nn.Module):
         x = torch.cat((cls_token, embedded), dim=1) + self.pos_embedding  # (batch, tokens, dim)
         x = self.dropout(x.to(embedded.dtype))
         x = self.transformer(x, read=1 if self.pool == "cls" else None)
-        return self.head(x.mean(dim=1))  # of one token: of the class token alone
+        x = x.mean(dim=1)  # of one token: of the class token alone
+        if torch.is_autocast_enabled(x.device.type):  # logits of 8 bits would tie
+            with torch.autocast(x.device.type, enabled=False):
+                return self.head(x.float())
+        return self.head(x)
 
     def embed(self, patches: Tensor) -> Tensor:
         """(batch, patches, patch_size * patch_size * channels, or of one) -> (batch, patches, dim)."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -55,6 +56,13 @@ def test_all_modes_give_the_same_images(folder: Path) -> None:
         assert other.pixels.shape == disk.pixels.shape == (41, 3, 8, 8)
         rows = np.array([40, 3, 3, 0])
         assert np.array_equal(other.pixels[rows], disk.pixels[rows])
+
+
+def test_another_pillow_decodes_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may read what this one cannot, and its pixels may be others by a grey level."""
+    assert decode(folder).built and not decode(folder).built
+    monkeypatch.setattr(PIL, "__version__", "13.0.0.test")
+    assert decode(folder).built
 
 
 @pytest.mark.parametrize("mode", cache_vit.MODES)

@@ -302,6 +302,21 @@ def test_few_bits_in_many(kind: type, high: int, suffix: str, tmp_path: Path) ->
     assert decode_image(tmp_path / f"bright.{suffix}", 6, 1).max() == 4096 >> 8
 
 
+@pytest.mark.parametrize("cache", ["disk", "memory", "off"])
+@pytest.mark.parametrize(("bits", "told"), [(14, True), (16, False)])
+def test_scans_of_few_bits_are_told_of(bits: int, told: bool, cache: str, tmp_path: Path) -> None:
+    """14 bits stored in 16 leave 64 grey levels. One dark image among others is nothing to tell."""
+    ramp = np.linspace(0, 2**bits - 1, 64).astype(np.uint16).reshape(8, 8)
+    for name in ("cat/1", "cat/2", "dog/1", "dog/2"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ramp if name == "cat/1" else ramp // 2).save(
+            tmp_path / f"images/{name}.png"
+        )
+    for _ in range(2):  # built, and found
+        notes = open_small(tmp_path / "images", cache=cache, cache_dir=tmp_path / "cache").notes
+        assert any("no pixel is brighter than 63 of 255" in note for note in notes) == told
+
+
 @pytest.mark.parametrize("size", [(40, 8), (8, 40)])
 def test_non_square_images_are_squeezed(size: tuple[int, int], tmp_path: Path) -> None:
     image = Image.new("L", size, 0)

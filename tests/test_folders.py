@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -362,6 +361,6 @@ def test_trials_share_the_memory_of_their_gpu(
     argv = ["--download-dir", str(image_folder), "-s", "8", "-p", "4"]
     args = resolve(main_vit.make_parser(), [*argv, "--cache-dir", str(tmp_path / "cache")])
     for concurrency in (1, 2, 3, 6):
-        setup_vit.open_data(args, SimpleNamespace(concurrency=lambda n=concurrency: n))
+        setup_vit.open_data(args, concurrency)
     setup_vit.open_data(args)
     assert parts == [600, 600, 300, 200, 600]

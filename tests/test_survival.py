@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -708,6 +709,20 @@ def test_an_image_too_large_ends_the_run() -> None:
         step_with_memory_for(0)
     with pytest.raises(RuntimeError, match="another"):
         step_with_memory_for(0, RuntimeError("another"))
+
+
+def test_weights_that_are_not_finite_are_not_saved() -> None:
+    """The loss before them was finite: it is that of the step that made them so."""
+    state = step_with_memory_for(10)
+    args = resolve(main_vit.make_parser(), ["--precision=float32"])
+    batch = torch.randn(10, 3, 2, 2), torch.arange(10) % 3
+    state.outputs.append(step_vit.training_step(state, *batch, args))
+    step_vit.check_finite(state)
+    state.parameters[0].register_hook(lambda gradient: gradient * math.inf)
+    state.outputs.append(step_vit.training_step(state, *batch, args))
+    assert torch.stack([loss for loss, _, _ in state.outputs]).isfinite().all()
+    with pytest.raises(RunFailed, match="the loss is not finite at epoch 1, step 3"):
+        step_vit.check_finite(state)
 
 
 @pytest.mark.parametrize("error", TOO_LITTLE)
