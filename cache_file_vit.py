@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from folder_vit import ImageFolder, ImageLost, printable, size_time_problem
+from folder_vit import ImageFolder, ImageLost, size_time_problem
 from images_vit import Pixels, decode_again, decode_all, quiet_pillow
 
 CACHE_FORMAT = 8  # to be raised when decoding or the file changes
@@ -79,7 +79,7 @@ class CachedPixels(Pixels):
             decode_again(path, self.channels, image)
         if row not in self.named:
             self.named.add(row)
-            log.warning(printable(f"the cache {self.file} was damaged at {path}: decoded it again"))
+            log.warning(f"the cache {self.file} was damaged at {path}: decoded it again")
         with contextlib.suppress(OSError), open(self.file, "r+b") as file:
             if os.path.sameopenfile(file.fileno(), self.descriptor):
                 os.pwrite(file.fileno(), image.tobytes(), self._place(row)[0])

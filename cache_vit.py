@@ -26,6 +26,7 @@ import PIL
 from cache_file_vit import CACHE_FORMAT, build_cache, open_cache, read_footer
 from folder_vit import DataError, ImageFolder, printable, size_time_problem
 from images_vit import DecodedImages, decode_here
+from machine_vit import available_memory
 
 MODES = ("disk", "memory", "off")
 # Files of pixels and, while they are built, temporary ones. The folder may hold others that are not ours.
@@ -56,6 +57,11 @@ def decode_folder(
     """
     file, stats, problems = place_of(images, size, channels, cache_dir)
     shape = (len(images.names), channels, size, size)
+    if mode == "memory" and math.prod(shape) > (available := available_memory()):
+        raise DataError(
+            f"--cache memory: the decoded images of {images.folder} take {math.prod(shape) / 1e9:,.2f} GB, "
+            f"and {available / 1e9:,.2f} GB are free: leave it out, and they are kept on disk"
+        )
     if mode != "disk":
         return decode_here(images, shape, workers, mode, problems)
     try:
@@ -219,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         print(printable(f"cache_vit.py: error: {error}"), file=sys.stderr)
         return 2
     files = sorted(own_files(args.cache_dir, ".npy"), key=last_use)
-    status = 0
+    status, lines = 0, []
     for name in args.names:
         if not any(file.stem.startswith(name) for file in files):
             print(printable(f"cache_vit.py: {args.cache_dir} has no {name}"), file=sys.stderr)
@@ -232,9 +238,11 @@ def main(argv: list[str] | None = None) -> int:
             removed = remove(file)
             status = status or int(not removed)
             line = f"{'removed' if removed else 'kept, a run has it open:'}  {line}"
-        print(line)
+        lines.append(line)
     if args.command == "clear" and not args.names:
         _remove_leftovers(args.cache_dir)
+    for line in lines:  # by now all is removed: whoever reads a part of it ends this process
+        print(line)
     return status
 
 

@@ -24,7 +24,6 @@ from folder_vit import (
     is_folder,
     most_common,
     not_decoded,
-    printable,
     read_image_folder,
 )
 from images_vit import DecodingPixels, Pixels
@@ -223,7 +222,6 @@ def open_data(
             f"validation has only {len(splits['val'])} images for {len(classes)} classes: "
             "selection on so few is noisy; more images, or a larger --val-split, make it less so"
         )
-    notes = [printable(note) for note in notes]
     fingerprints = {
         name: fingerprint(folders.get(name, folders["train"]), split.indices.tolist())
         for name, split in splits.items()

@@ -19,7 +19,6 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from folder_vit import DataError, ImageFolder, ImageLost, printable
-from machine_vit import available_memory
 
 # What a file may turn out to be, whatever it is called. Pillow left to choose would hand PostScript to
 # Ghostscript. TGA, which has no signature, is looked for in *.tga only.
@@ -248,12 +247,6 @@ def decode_here(
         kept = one_channel if grey.all() else shape
         pixels = DecodingPixels(images, kept, shape[1], workers)
         return DecodedImages(pixels, broken, brightest, None, True)
-    needed, available = math.prod(shape), available_memory()
-    if needed > available:
-        raise DataError(
-            f"--cache memory: the decoded images of {images.folder} take {needed / 1e9:,.2f} GB, and "
-            f"{available / 1e9:,.2f} GB are free: leave it out, and they are kept on disk"
-        )
     pixels = np.zeros(shape, np.uint8)
     broken, grey, brightest = decode_all(images, shape, workers, problems, pixels.__setitem__)
     if grey.all() and shape[1] > 1:

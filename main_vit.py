@@ -35,7 +35,7 @@ import step_vit
 import utils_vit
 from config_vit import UsageError, resolve, saved_parameters
 from distributed_vit import RankLost
-from folder_vit import DataError, ImageLost, in_one_line
+from folder_vit import DataError, ImageLost, in_one_line, printable
 from options_vit import make_parser
 from utils_vit import CheckpointError, OutOfMemory, RunFailed, Stopped, StopSignals, TrainingState
 
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         # By now NNI has replaced sys.stdout.
         log.handlers = [logging.StreamHandler(sys.stdout) if leads else logging.NullHandler()]
+        log.handlers[0].setFormatter(OneLine())
         log.propagate = False
         logging.raiseExceptions = False  # a full disk behind stdout, or a closed pipe, is no news
         log.setLevel(logging.INFO)
@@ -103,6 +104,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before training, when there is nothing to save
         utils_vit.end_by_signal(signal.SIGINT)
     return 1
+
+
+class OneLine(logging.Formatter):
+    """Names of folders and classes can hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def complain(text: str, alone: bool = False) -> None:

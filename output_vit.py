@@ -40,6 +40,12 @@ def output_folder(
         raise UsageError("--auto-resume needs --model-dir, the folder of the run to go on with")
     else:
         folder = Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{args.seed}")
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:  # TensorBoard would raise after the first epoch
+        raise UsageError(
+            f"output folder {folder}: its name is not UTF-8; give --model-dir another"
+        ) from None
     # After the death of NNI's manager the same trial may still be saving in its earlier process.
     patience = 30 if in_nni else 0
     try:

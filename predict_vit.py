@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,11 +162,15 @@ def images_of(paths: list[Path], classes: list[str]) -> ImageFolder:
 
 
 def print_predictions(classifier: Classifier, images: ImageFolder) -> int:
-    """A line of CSV for each image; returns 2 if there were some without, which stderr names."""
+    """A line of CSV for each image; returns 2 if there were some without, which stderr names.
+
+    A column "image" or "class" is "image_" or "class_" where a class has that name.
+    """
     # The names of files can be any bytes, whatever the locale.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
-    table = csv.writer(sys.stdout)
-    table.writerow(["image", "class", *classifier.classes])
+    own = ("image", "class")
+    own = (f"{name}_" if name in classifier.classes else name for name in own)
+    print(csv_line([*own, *classifier.classes]))
     status = 0
     for part, logits, broken in classifier.predict(images):
         for i, probabilities in enumerate(logits.double().softmax(dim=1)):
@@ -174,9 +179,17 @@ def print_predictions(classifier: Classifier, images: ImageFolder) -> int:
                 status = 2
                 continue
             best = classifier.classes[int(probabilities.argmax())]
-            table.writerow([part.path(i), best, *(f"{p:.6g}" for p in probabilities.tolist())])
+            numbers = (f"{p:.6g}" for p in probabilities.tolist())
+            print(csv_line([part.path(i), best, *numbers]))
         sys.stdout.flush()
     return status
+
+
+def csv_line(cells: list[Any]) -> str:
+    """One line of CSV, without its end, which csv would make that of Windows or not quote others for."""
+    line = io.StringIO()
+    csv.writer(line).writerow(cells)
+    return line.getvalue().removesuffix("\r\n")
 
 
 def evaluate(classifier: Classifier, folder: Path) -> dict[str, object]:

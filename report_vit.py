@@ -109,14 +109,17 @@ def evaluation_report(
     n, share = len(targets), report["accuracy"] / 100
     middle = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
     half = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2)) / (1 + Z_95**2 / n)
-    report["accuracy_95"] = [100 * (middle - half), 100 * (middle + half)]
+    # By rounding it could leave out 0 or 100 %, or go beyond.
+    low, high = max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
+    report["accuracy_95"] = [100 * low, 100 * high]
     counted = images[present] + 4
     share = (matrix.diagonal()[present] + 2) / counted
     variances = share * (1 - share) / counted
     error = 100 * math.sqrt(variances.sum()) / int(present.sum())
     report["balanced_accuracy_95"] = _interval(report["balanced_accuracy"], error, 100)
     error = area_error(probabilities, targets)
-    report["auc_95"] = _interval(report["auc"], error, 1) if error else None
+    certain = error is None or error < 1e-9  # of an area of 1 rounding leaves 1e-17
+    report["auc_95"] = None if certain else _interval(report["auc"], error, 1)
 
     report["recall"] = {
         name: 100 * float(recall[i]) if present[i] else None for i, name in enumerate(classes)
@@ -296,18 +299,22 @@ def draw_confusion_matrix(
     """Counts of (true class, predicted class), shaded by the share of the true class, as PNG."""
     from matplotlib.figure import Figure
 
-    side = min(max(3.5, 0.5 * len(classes) + 1.5), 30)  # inches
+    # Folders can have any names: bytes, formulas to matplotlib, letters that its font lacks.
+    names = [printable(name) for name in classes]
+    names = [name if len(name) <= 40 else f"{name[:20]} ... {name[-15:]}" for name in names]
+    has_names = len(classes) <= 100  # beyond that they would not be legible
+    room = 0.08 * max(map(len, names)) if has_names else 0
+    side = min(max(3.5, 0.5 * len(classes) + 1.5 + room), 30)  # inches
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if len(classes) <= 30:  # beyond that the numbers would not be legible
+    if len(classes) <= 30:  # nor would the numbers
         for (row, column), count in np.ndenumerate(matrix):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=color)
-    if len(classes) <= 100:  # nor would the names
-        # Folders can have any names: bytes, formulas to matplotlib, letters that its font lacks.
-        names = [printable(name).replace("$", r"\$") for name in classes]
+    if has_names:
+        names = [name.replace("$", r"\$") for name in names]
         ticks = range(len(classes))
         axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(ticks, names)

@@ -214,6 +214,16 @@ def test_list_and_clear(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert not list(cache.glob("*.npy"))
 
 
+def test_clear_removes_all_whoever_reads_what_it_says(tmp_path: Path) -> None:
+    for number in range(300):
+        (tmp_path / f"{number:032x}.npy").write_bytes(b"of another version")
+    command = (
+        f"{sys.executable} -u {REPOSITORY}/cache_vit.py clear --cache-dir {tmp_path} | head -1"
+    )
+    said = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert said.stdout.count("removed") == 1 and not list(tmp_path.iterdir())
+
+
 def test_list_and_clear_go_on_past_a_file_that_cannot_be_read(
     folder: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -364,10 +365,35 @@ def test_names_of_any_bytes(folder: Path) -> None:
     assert str(raised.value).isprintable()
     data = open_small(folder, skip_broken=True)
     assert len(data.train) + len(data.val) == 10 + len(NAMES)
-    for note in data.notes:
-        assert note.isprintable()
-        note.encode()
-    assert any(r"notes" not in note and r".\udcff\n" in note for note in data.notes)
+    assert any(".\udcff\n" in note and "notes" not in note for note in data.notes)
+
+
+def test_the_log_of_such_names(folder: Path, run_main: Callable[..., Any], tmp_path: Path) -> None:
+    """Its lines stay lines, and a terminal obeys none of them."""
+    (folder / "cat").rename(folder / "a\nfake  line\x1b[2J")
+    (folder / "dog" / os.fsdecode(b"notes.\xff\n")).write_text("")
+    argv = [
+        "--download-dir",
+        folder,
+        "-s",
+        8,
+        "-p",
+        4,
+        "--vt-dim",
+        16,
+        "--vt-depth",
+        1,
+        "--max-steps",
+        1,
+    ]
+    result = run_main(*argv, "--model-dir", tmp_path / "r\nx\x1b[31m")
+    assert result.status == 0, result.stderr
+    assert all(line.isprintable() for line in result.stdout.split("\n"))
+    assert r"2 classes: a\nfake  line\x1b[2J, dog" in result.stdout
+    assert r".\udcff\n" in result.stdout and r"r\nx\x1b[31m" in result.stdout
+    result = run_main(*argv, "--model-dir", tmp_path / os.fsdecode(b"r\xff"))
+    assert result.status == 2 and result.stderr.count("\n") == 1
+    assert r"r\udcff: its name is not UTF-8; give --model-dir another" in result.stderr
 
 
 def test_the_key_tells_such_names_apart(folder: Path) -> None:

@@ -249,6 +249,20 @@ def test_wrong_use_is_one_line(
     assert line.startswith("predict_vit.py: error: ") and text.format(images=images) in line
 
 
+def test_the_table_of_odd_names(vit: Path, images: Path, tmp_path: Path) -> None:
+    """Each column has a name of its own, and a line ends as Linux has it; what ends one is quoted."""
+    saved = load_checkpoint(vit) | {"classes": ["class", "image", 'a\r"b,c\nd']}
+    save_checkpoint(saved, False, tmp_path / "odd.pth.tar")
+    photo = tmp_path / "a\rb.png"
+    shutil.copy(images / "test/cat/000.png", photo)
+    status, out, err = run(tmp_path / "odd.pth.tar", photo)
+    assert (status, err) == (0, "") and out.endswith("\n") and not out.endswith("\r\n")
+    [line] = lines_of(out)
+    assert [*line] == ["image_", "class_", *saved["classes"]] and line["image_"] == str(photo)
+    probabilities = {name: float(line[name]) for name in saved["classes"]}
+    assert line["class_"] == max(probabilities, key=probabilities.get)
+
+
 def test_an_evaluation_without_an_image_is_refused(vit: Path, images: Path, tmp_path: Path) -> None:
     shutil.copytree(images / "test", tmp_path / "test")
     (tmp_path / "test" / "cat" / "000.png").write_bytes(b"")

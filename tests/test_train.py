@@ -247,6 +247,19 @@ def test_intervals_of_few_and_of_perfect_predictions_are_not_0_wide() -> None:
     assert low < 50 and high > 85
 
 
+def test_intervals_to_rounding() -> None:
+    """What is certain has none, and no end is beyond what can be, or leaves out the value itself."""
+    for targets in (np.repeat([0, 1, 2], [13, 16, 19]), np.repeat([0, 1], [200, 159])):
+        classes = [str(number) for number in range(targets.max() + 1)]
+        for right in (targets, (targets + 1) % len(classes)):
+            probabilities = np.eye(len(classes))[right] * 0.7 + 0.1
+            report = report_vit.evaluation_report(probabilities, targets, classes)
+            low, high = report["accuracy_95"]
+            assert 0 <= low <= report["accuracy"] <= high <= 100 and high - low > 1
+            if right is targets:
+                assert report["auc"] == pytest.approx(1) and report["auc_95"] is None
+
+
 def test_the_interval_of_balanced_accuracy_holds_the_true_one() -> None:
     """About 95 of 100 times, with few images and recalls near 1 too."""
     generator, inside = np.random.default_rng(0), 0
