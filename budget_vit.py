@@ -148,7 +148,7 @@ def continue_member(state: TrainingState, args: argparse.Namespace, data: Data) 
     epoch = saved["step"] // before
     # The best of this share alone: PBT compares what its members can do now, not what they once could.
     state.best, state.outputs, state.epoch = None, [], epoch
-    state.step = state.validated = epoch * math.ceil(len(data.train) / args.batch_size)
+    state.step = state.validated = epoch * data.train.steps(args.batch_size)
     args.stop_epoch = epoch + args.epochs
     return [f"continued from {file} after epoch {epoch}"]
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def steps(self, batch_size: int) -> int:
+        """Batches of an epoch; the last may be short."""
+        return math.ceil(len(self) / batch_size)
 
 
 @dataclass(frozen=True)

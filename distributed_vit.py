@@ -24,7 +24,7 @@ class RankLost(Exception):
     """Another process of this run ended, or does not answer; the text is one line."""
 
 
-def ranks() -> int:
+def world_size() -> int:
     """The number of processes of this run."""
     # Not WORLD_SIZE alone, which other launchers leave in the environment of what is no part of it.
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
@@ -32,7 +32,7 @@ def ranks() -> int:
 
 def rank() -> int:
     """The number of this process, from 0; 0 alone writes, logs and knows NNI."""
-    return int(os.environ["RANK"]) if ranks() > 1 else 0
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
@@ -60,7 +60,7 @@ def start() -> None:
 
 def end() -> None:
     """Disconnect; the others may still be at work."""
-    if ranks() > 1:
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
@@ -71,9 +71,9 @@ def wait_for_all() -> None:
             dist.barrier()
 
 
-def largest(*numbers: int) -> list[int]:
+def all_reduce_max(*numbers: int) -> list[int]:
     """The largest that any process gives of each number. Raises RankLost."""
-    if ranks() == 1:
+    if world_size() == 1:
         return list(numbers)
     # On the CPU also where training is on a GPU: it waits for the other processes to come as far in
     # their Python, not for the GPU to finish what it was told.
@@ -83,13 +83,13 @@ def largest(*numbers: int) -> list[int]:
     return tensor.tolist()
 
 
-def added_up(*tensors: Tensor) -> list[Tensor]:
+def all_reduce_sum(*tensors: Tensor) -> list[Tensor]:
     """The sum of each tensor (float32, one device) over the processes, the same to the bit on all.
 
     Where only some processes have something to say, zeros from the others leave it exact. All of it
     is one message. Raises RankLost.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return list(tensors)
     message = torch.cat([tensor.flatten() for tensor in tensors])
     with _connected():
@@ -98,9 +98,9 @@ def added_up(*tensors: Tensor) -> list[Tensor]:
     return [total.view_as(tensor) for total, tensor in zip(sums, tensors, strict=True)]
 
 
-def as_rank_0(*tensors: Tensor) -> None:
+def broadcast(*tensors: Tensor) -> None:
     """Overwrite the tensors with those of rank 0. Raises RankLost."""
-    if ranks() > 1:
+    if world_size() > 1:
         with _connected():
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
@@ -108,7 +108,7 @@ def as_rank_0(*tensors: Tensor) -> None:
 
 def from_rank_0(function: Callable[[], Result]) -> Result:
     """What `function` returns on rank 0, the only one to call it; its ValueError on all."""
-    if ranks() == 1:
+    if world_size() == 1:
         return function()
     answer: list[Any] = [None, None]
     if rank() == 0:
@@ -125,7 +125,7 @@ def from_rank_0(function: Callable[[], Result]) -> Result:
 
 def together(function: Callable[[], Result]) -> Result:
     """What `function` returns here, once all processes are done with it; the first ValueError on all."""
-    if ranks() == 1:
+    if world_size() == 1:
         return function()
     result, error = None, None
     try:
@@ -140,9 +140,9 @@ def together(function: Callable[[], Result]) -> Result:
 
 def all_gather(value: Any) -> list[Any]:
     """The `value` of every process, by rank, once all have one. Raises RankLost."""
-    if ranks() == 1:
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * ranks()
+    values: list[Any] = [None] * world_size()
     with _connected():
         group = dist.new_group(timeout=SET_UP_TIMEOUT, backend="gloo")
         dist.all_gather_object(values, value, group)

@@ -37,7 +37,8 @@ from config_vit import UsageError, resolve, saved_parameters
 from distributed_vit import RankLost
 from folder_vit import DataError, ImageLost, in_one_line, printable
 from options_vit import make_parser
-from utils_vit import CheckpointError, OutOfMemory, RunFailed, Stopped, StopSignals, TrainingState
+from stop_vit import OutOfMemory, RunFailed, Stopped, StopSignals, end_by_signal
+from utils_vit import CheckpointError, TrainingState
 
 log = logging.getLogger("vit")
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files can be any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if distributed_vit.ranks() > 1:
+        if distributed_vit.world_size() > 1:
             nni_vit.end_with_parent()
             distributed_vit.start()
         leads = distributed_vit.rank() == 0
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             return check_vit.check(command_line["check"], parser)
         # Parameters are asked for before anything that can fail or takes long.
         trial = nni_vit.Trial() if command_line.get("request_from_nni") and leads else None
-        if trial and trial.inside and distributed_vit.ranks() > 1:
+        if trial and trial.inside and distributed_vit.world_size() > 1:
             nni_vit.end_with_grandparent()
         args = distributed_vit.from_rank_0(
             lambda: resolve(parser, argv, trial.ask() if trial else None)
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         complain(f"{in_one_line(error)}; {remedy}", alone=True)
         return 1
     except KeyboardInterrupt:  # before training, when there is nothing to save
-        utils_vit.end_by_signal(signal.SIGINT)
+        end_by_signal(signal.SIGINT)
     return 1
 
 
@@ -138,44 +139,41 @@ def main_worker(
     for line in report_vit.describe(args, device, data, state.model, output, state.step):
         log.info(line)
 
-    steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
+    steps_per_epoch = data.train.steps(args.batch_size)
     last_epoch = args.stop_epoch or args.epochs
-    total_steps = min(last_epoch * steps_per_epoch, args.max_steps or sys.maxsize)
+    total_steps, limit = last_step(args, steps_per_epoch)
     if trial:
         trial.link_tensorboard()
-
-    def unfinished() -> bool:
-        return state.step < total_steps or state.validated < state.step
-
     finished = distributed_vit.from_rank_0(lambda: report_vit.has_results(output, state.step))
-    if finished and not unfinished():
-        limit = "--stop-epoch" if args.stop_epoch else "--epochs"
-        limit = "--max-steps" if total_steps == args.max_steps else limit
+    if finished and state.is_done(total_steps):
         log.info(f"this run is finished: {output}/results.json; {limit} makes it longer")
         if trial:
-            trial.finish(final_metrics(args, state, output))
+            trial.finish(report_vit.final_metrics(args, state.best, output))
         return
     # Only whole epochs that a checkpoint knows of keep their line; any other will be run again.
     whole_epochs = state.validated // steps_per_epoch * steps_per_epoch
     if leads:
         utils_vit.replace_file(output / "args.yaml", yaml.safe_dump(parameters).encode())
-        recorder = report_vit.Recorder(output, whole_epochs if unfinished() else state.step)
+        done = state.is_done(total_steps)
+        recorder = report_vit.Recorder(output, state.step if done else whole_epochs)
         if trial:
             # One of PBT starts within a training, with another trial's epochs or none.
             under_way = state.epoch_under_way(steps_per_epoch) + 1
-            lines = {line["epoch"]: nni_metrics(line, args.metric) for line in recorder.lines}
+            lines = {
+                line["epoch"]: report_vit.nni_metrics(line, args.metric) for line in recorder.lines
+            }
             trial.begin_curve(under_way, lines, lambda: signals.received)
         identity = {"args": parameters} | data.identity()
         saver = utils_vit.Saver(output, identity, args.checkpoint_steps, args.checkpoint_minutes)
 
     def check_signals() -> None:
-        [signum] = distributed_vit.largest(signals.received)
+        [signum] = distributed_vit.all_reduce_max(signals.received)
         if signum:
             raise Stopped(signum)
 
     def after_step() -> None:
         due = leads and saver.due(state.step)  # by the clock of rank 0
-        signum, due = distributed_vit.largest(signals.received, int(due))
+        signum, due = distributed_vit.all_reduce_max(signals.received, int(due))
         if signum or due:
             step_vit.check_finite(state)  # before anything is saved
         if signum:
@@ -184,7 +182,7 @@ def main_worker(
             saver.save(state)
 
     try:
-        while unfinished():
+        while not state.is_done(total_steps):
             pieces = state.pieces
             state.epoch = state.epoch_under_way(steps_per_epoch)
             line, is_best = one_epoch(
@@ -195,22 +193,22 @@ def main_worker(
                 if state.epoch == 0:
                     recorder.first_batch(next(epoch_batches(state, data.train, args, device))[0])
                 saver.save(state, is_best)
-            [state.pieces] = distributed_vit.largest(state.pieces)
+            [state.pieces] = distributed_vit.all_reduce_max(state.pieces)
             if state.pieces > pieces:
                 log.info(f"memory was short: batches are now taken in {state.pieces} pieces")
             log.info(report_vit.epoch_text(line, last_epoch, is_best))
             if trial:
-                trial.report(line["epoch"], nni_metrics(line, args.metric))
+                trial.report(line["epoch"], report_vit.nni_metrics(line, args.metric))
         results = results_of(state, data, args, device, check_signals, output)
     except Stopped as stopped:
-        if leads and unfinished():
+        if leads and not state.is_done(total_steps):
             saver.save(state)  # else all is saved already
         log.info(
             f"stopped at step {state.step}; continue with --resume {output}/checkpoint.pth.tar"
         )
         if trial and state.best and not args.save_checkpoint_dir:  # PBT goes on from whole shares
-            trial.finish(nni_metrics(state.best, args.metric))
-        utils_vit.end_by_signal(*stopped.args)
+            trial.finish(report_vit.nni_metrics(state.best, args.metric))
+        end_by_signal(*stopped.args)
     if leads:
         # Before results.json, which says that all is done.
         budget_vit.leave_checkpoint(args, output)
@@ -218,7 +216,15 @@ def main_worker(
     for line in report_vit.results_text(results, output):
         log.info(line)
     if trial:
-        trial.finish(final_metrics(args, state, output))
+        trial.finish(report_vit.final_metrics(args, state.best, output))
+
+
+def last_step(args: argparse.Namespace, steps_per_epoch: int) -> tuple[int, str]:
+    """The optimizer step that the run ends after, and the option that says so."""
+    steps = (args.stop_epoch or args.epochs) * steps_per_epoch
+    if args.max_steps and args.max_steps <= steps:
+        return args.max_steps, "--max-steps"
+    return steps, "--stop-epoch" if args.stop_epoch else "--epochs"
 
 
 def one_epoch(
@@ -233,13 +239,13 @@ def one_epoch(
     """Train what is left of epoch number `state.epoch` (from 0) and validate; `state` then knows the best.
 
     Returns the line of metrics.jsonl and whether the epoch is the best so far. One that --max-steps cut
-    short gives way to any other: a run that goes on after it selects as one in one go.
+    short is so only until there is a whole one: a run that goes on after it selects as one in one go.
     """
     line: dict[str, Any] = {"epoch": state.epoch + 1}
     line |= train(state, data.train, args, device, total_steps, after_step)
     metrics, _, _ = validate(state, data.val, args, device, after_batch)
     line |= {f"val_{name}": value for name, value in metrics.items()}
-    steps_per_epoch = math.ceil(len(data.train) / args.batch_size)
+    steps_per_epoch = data.train.steps(args.batch_size)
     is_whole = state.step % steps_per_epoch == 0
     if state.best is None or state.best["step"] % steps_per_epoch:
         is_best = True
@@ -261,9 +267,9 @@ def train(
 
     Calls `after_step` between steps. Raises RunFailed with the epoch and step if the loss is not finite.
     """
-    # Machines of different make would drift apart by what their rounding differs.
-    distributed_vit.as_rank_0(*state.model.state_dict().values())
-    steps_per_epoch = math.ceil(len(split) / args.batch_size)
+    # Once an epoch: machines of different make round differently and would drift apart.
+    distributed_vit.broadcast(*state.model.state_dict().values())
+    steps_per_epoch = split.steps(args.batch_size)
     start = state.step - state.epoch * steps_per_epoch
     batches = epoch_batches(state, split, args, device, start)
     state.model.train()
@@ -321,7 +327,7 @@ def epoch_batches(
     return data_vit.training_batches(
         split, args.batch_size, device, augment_vit.Augmentation.of(args), num_classes=args.num_classes,
         seed=utils_vit.seed_for(args.seed, "epoch", state.epoch), start=start,
-        rank=distributed_vit.rank(), ranks=distributed_vit.ranks(),
+        rank=distributed_vit.rank(), ranks=distributed_vit.world_size(),
     )  # fmt: skip
 
 
@@ -341,12 +347,12 @@ def validate(
     logits = torch.zeros(len(split), args.num_classes, device=device)
     for images, _, positions in data_vit.batches(
         split, max(args.batch_size, 64), device,
-        rank=distributed_vit.rank(), ranks=distributed_vit.ranks(),
+        rank=distributed_vit.rank(), ranks=distributed_vit.world_size(),
     ):  # fmt: skip
         if len(images):
             logits[positions[0] : positions[-1] + 1] = step_vit.logits_of(state, images, args)
         after_batch()
-    [logits] = distributed_vit.added_up(logits)  # each row is zero on all ranks but one
+    [logits] = distributed_vit.all_reduce_sum(logits)  # each row is zero on all ranks but one
     targets = split.targets[split.indices]
     loss = F.cross_entropy(logits, torch.from_numpy(targets).to(device)).item()
     if not math.isfinite(loss):
@@ -391,18 +397,6 @@ def results_of(
         "device": str(device),
         "torch": torch.__version__,
     }
-
-
-def final_metrics(args: argparse.Namespace, state: TrainingState, output: Path) -> dict[str, float]:
-    """What NNI is told of the model that others take from this run: the best, but for PBT the last."""
-    line = report_vit.lines_of(output)[-1] if args.save_checkpoint_dir else state.best
-    return nni_metrics(line, args.metric)
-
-
-def nni_metrics(line: dict[str, Any], metric: str) -> dict[str, float]:
-    """What NNI is told of an epoch: the metric as "default", all of validation beside it."""
-    values = {name: line[f"val_{name}"] for name in report_vit.METRICS}
-    return {"default": values[metric]} | {k: v for k, v in values.items() if v is not None}
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from folder_vit import (
 )
 from images_vit import decode_here
 from options_vit import make_parser
+from stop_vit import end_by_signal
 from utils_vit import CheckpointError
 
 DECODED_AT_ONCE = 2**28  # bytes
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"predict_vit.py: error: {in_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        utils_vit.end_by_signal(signal.SIGINT)
+        end_by_signal(signal.SIGINT)
     except RuntimeError as error:
         if not step_vit.out_of_memory(error):
             raise

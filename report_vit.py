@@ -167,6 +167,18 @@ def epoch_text(line: dict[str, Any], epochs: int, is_best: bool) -> str:
     )
 
 
+def final_metrics(args: Any, best: dict[str, Any], output: Path) -> dict[str, float]:
+    """What NNI is told of the model that others take from this run: the best, but for PBT the last."""
+    line = lines_of(output)[-1] if args.save_checkpoint_dir else best
+    return nni_metrics(line, args.metric)
+
+
+def nni_metrics(line: dict[str, Any], metric: str) -> dict[str, float]:
+    """What NNI is told of an epoch: the metric as "default", all of validation beside it."""
+    values = {name: line[f"val_{name}"] for name in METRICS}
+    return {"default": values[metric]} | {k: v for k, v in values.items() if v is not None}
+
+
 def results_text(results: dict[str, Any], output: Path) -> list[str]:
     """The last lines of a log: the best epoch, the test, the files."""
     metric, test, best = results["metric"], results["test"], results["validation"]

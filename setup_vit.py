@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def set_up(
     undecided = {name for name, value in by_itself.items() if getattr(args, name) == value}
     concurrency = distributed_vit.from_rank_0(lambda: trial.concurrency() if trial else 1)
     device = distributed_vit.together(lambda: choose_device(args, trial, concurrency))
-    args, output = distributed_vit.from_rank_0(
-        lambda: (args, output_folder(args, trial, undecided, until_end))
+    output, args = distributed_vit.from_rank_0(
+        lambda: (output_folder(args, trial, undecided, until_end), args)
     )
     torch.set_num_threads(args.threads)
     data = distributed_vit.together(lambda: open_data(args, concurrency))
@@ -53,8 +54,8 @@ def set_up(
                 f"rank {rank} has other images, by their names, than rank {distributed_vit.rank()}: "
                 "give all machines the same folder, or copies of it"
             )
-    args, notes = distributed_vit.from_rank_0(
-        lambda: (args, budget_vit.continue_earlier(args, data, output))
+    notes, args = distributed_vit.from_rank_0(
+        lambda: (budget_vit.continue_earlier(args, data, output), args)
     )
     state = make_state(args, device)
     if args.resume:
@@ -67,8 +68,8 @@ def set_up(
         remedy = "" if args.resume else ": --precision float32"  # which a resume would refuse
         notes.append(f"{args.precision} is slow here, without instructions for it{remedy}")
     # Whichever process was first on its machine has decoded the images, and says so.
-    data.notes[:] = dict.fromkeys(itertools.chain(*distributed_vit.all_gather(data.notes + notes)))
-    return args, device, output, data, state
+    notes = dict.fromkeys(itertools.chain(*distributed_vit.all_gather(data.notes + notes)))
+    return args, device, output, replace(data, notes=[*notes]), state
 
 
 def choose_device(
@@ -104,7 +105,7 @@ def choose_device(
 
 def choose_gpu(args: argparse.Namespace, trial: nni_vit.Trial | None) -> int | None:
     """The number of the GPU of this process, None if there is no GPU. Raises UsageError."""
-    gpus, ranks = utils_vit.usable_gpus(), distributed_vit.ranks()
+    gpus, ranks = utils_vit.usable_gpus(), distributed_vit.world_size()
     if ranks > 1 and args.gpu is not None:
         raise UsageError("--gpu is for one process; torchrun gives each of its processes a GPU")
     if ranks > 1 and 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
@@ -209,7 +210,7 @@ def decoding_threads(args: argparse.Namespace) -> int:
     cores = machine_vit.usable_cores()
     if args.cache != "off":
         return cores
-    if distributed_vit.ranks() == 1:
+    if distributed_vit.world_size() == 1:
         return args.threads
     # torchrun gives each of its processes one thread to compute with, too few to feed a GPU.
     return max(args.threads, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -227,7 +228,7 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
             raise
         reason = str(error).splitlines()[0]
         raise UsageError(f"a model of these sizes cannot be built: {reason}") from None
-    if distributed_vit.ranks() > 1:
+    if distributed_vit.world_size() > 1:
         norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         if any(isinstance(module, norms) for module in model.modules()):
             raise UsageError(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import distributed_vit
 import utils_vit
 from data_vit import share_of
-from utils_vit import OutOfMemory, RunFailed, TrainingState
+from stop_vit import OutOfMemory, RunFailed
+from utils_vit import TrainingState
 
 # As CUDA itself, its libraries (cuBLAS on a full GPU in both ways) and the allocator of host memory say it;
 # torch's on a GPU has an error of its own.
@@ -86,7 +87,7 @@ def training_step(
     loss, predicted = in_pieces(
         state, args, len(images), lambda: gradient(state, images, labels, args, batch_size)
     )
-    if distributed_vit.ranks() > 1:
+    if distributed_vit.world_size() > 1:
         loss, predicted, targets = of_all_ranks(
             state.parameters, loss, predicted, targets, batch_size
         )
@@ -155,7 +156,7 @@ def gradient(
 
     In float16 it is as many times as large as `state.scaler` says. `targets` are numbers (batch,) or probabilities (batch, classes).
     """
-    ranks, rank = distributed_vit.ranks(), distributed_vit.rank()
+    ranks, rank = distributed_vit.world_size(), distributed_vit.rank()
     position = ("step", state.step, rank) if ranks > 1 else ("step", state.step)
     seed_dropout(images.device, utils_vit.seed_for(args.seed, *position))
     state.optimizer.zero_grad()
@@ -194,11 +195,11 @@ def of_all_ranks(
     so checkpoints are the same whatever the number of ranks. Raises RankLost.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    own = share_of(batch_size, distributed_vit.rank(), distributed_vit.ranks())
+    own = share_of(batch_size, distributed_vit.rank(), distributed_vit.world_size())
     numbers = loss.new_zeros(2, batch_size)  # of classes: whole up to 2^24
     numbers[:, own] = torch.stack([predicted, targets]).to(loss.dtype)
     gradients = [p.grad for p in parameters]
-    *gradients, loss, numbers = distributed_vit.added_up(*gradients, loss, numbers)
+    *gradients, loss, numbers = distributed_vit.all_reduce_sum(*gradients, loss, numbers)
     for parameter, total in zip(parameters, gradients, strict=True):
         parameter.grad = total
     predicted, targets = numbers.long()

@@ -5,11 +5,9 @@ import errno
 import hashlib
 import io
 import json
-import logging
 import math
 import os
 import shutil
-import signal
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -154,8 +152,8 @@ def load_newest(filename: Path) -> tuple[dict[str, Any], Path, str | None]:
     """The state to go on from at a checkpoint, its file, and what to say if that is another.
 
     If one of the run's own is damaged or missing that is the one before it, or the best. Either way it
-    is the best if that is of a later moment, else the best would be of an epoch that the run does not
-    know of, and may not come to again. Raises CheckpointError.
+    is the best if that is of a later moment (a crash between the two writes): the run would not know of
+    the epoch that it is of. Raises CheckpointError.
     """
     source, note = filename, None
     try:
@@ -239,6 +237,10 @@ class TrainingState:
     def epoch_under_way(self, steps_per_epoch: int) -> int:
         """Number (from 0) of the epoch to go on with: the one whose outputs are there, else the next."""
         return (self.step - bool(self.outputs)) // steps_per_epoch
+
+    def is_done(self, total_steps: int) -> bool:
+        """Whether all steps are taken, and validated."""
+        return self.step >= total_steps and self.validated >= self.step
 
     def complete_epoch(self, line: dict[str, Any], is_best: bool, is_whole: bool) -> None:
         """Note that the epoch was validated with the metrics `line`; a whole one leaves no outputs."""
@@ -382,37 +384,3 @@ def seed_for(*position: int | str) -> int:
     """A 63-bit seed from (run seed, purpose, epoch or step): the same position, the same numbers."""
     digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-class Stopped(Exception):
-    """SIGINT, SIGTERM or SIGHUP arrived, args[0]; the training state is that of a whole step."""
-
-
-class RunFailed(Exception):
-    """The run cannot go on; the text is one line. Of several processes all know it."""
-
-
-class OutOfMemory(RunFailed):
-    """Not even one image fits; of several processes this one alone may know it."""
-
-
-class StopSignals:
-    """SIGINT (NNI, Ctrl-C), SIGTERM (schedulers) and SIGHUP (a terminal that closes) are noted here and acted on
-    between two steps.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0  # its number
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
-                signal.signal(signum, self._note)
-
-    def _note(self, signum: int, _frame: Any) -> None:
-        self.received = signum
-
-
-def end_by_signal(signum: int) -> None:
-    """End as the signal would have: shells see status 130, 143 or 129, NNI shows the trial as canceled."""
-    logging.shutdown()
-    signal.signal(signum, signal.SIG_DFL)
-    os.kill(os.getpid(), signum)

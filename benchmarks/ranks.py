@@ -32,7 +32,7 @@ def measure(rounds: int) -> None:
     distributed_vit.start()
     args = resolve(main_vit.make_parser(), ["--num-classes=10", *MODEL.split()])
     device = setup_vit.choose_device(args, None)
-    part = share_of(args.batch_size, distributed_vit.rank(), distributed_vit.ranks())
+    part = share_of(args.batch_size, distributed_vit.rank(), distributed_vit.world_size())
     size = part.stop - part.start
     images = torch.randn(size, args.channel, args.image_size, args.image_size, device=device)
     targets = torch.arange(size, device=device) % args.num_classes
@@ -41,7 +41,7 @@ def measure(rounds: int) -> None:
 
     def one_message() -> None:
         step_vit.training_step(ours, images, targets, args, None, args.batch_size)
-        distributed_vit.largest(0, 0)  # the signals and the clock of main_vit.py
+        distributed_vit.all_reduce_max(0, 0)  # the signals and the clock of main_vit.py
 
     def buckets() -> None:
         theirs.optimizer.zero_grad()
@@ -64,12 +64,12 @@ def measure(rounds: int) -> None:
             seconds[name].append((time.perf_counter() - began) / STEPS)
     began = time.perf_counter()
     for _ in range(200):
-        distributed_vit.largest(0, 0)
+        distributed_vit.all_reduce_max(0, 0)
     agreement = (time.perf_counter() - began) / 200
     if distributed_vit.rank() == 0:
         count = sum(p.numel() for p in ours.model.parameters())
         print(
-            f"{hardware()}\n\n{distributed_vit.ranks()} processes, {count:,} parameters, "
+            f"{hardware()}\n\n{distributed_vit.world_size()} processes, {count:,} parameters, "
             f"{rounds} rounds of {STEPS} steps\n"
         )
         rows = [(n, f"{1000 * statistics.median(v[1:]):.2f}") for n, v in seconds.items()]
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.processes < 2 or args.rounds < 1:
         parser.error("--processes is at least 2, --rounds at least 1")
-    if distributed_vit.ranks() == 1:
+    if distributed_vit.world_size() == 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += ["--nproc-per-node", str(args.processes), __file__, *argv]
         os.execv(sys.executable, torchrun)

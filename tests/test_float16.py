@@ -12,6 +12,7 @@ from torch import Tensor
 import main_vit
 import step_vit
 from config_vit import resolve
+from stop_vit import RunFailed
 from utils_vit import TrainingState, load_checkpoint, save_checkpoint
 from vit import build_model
 
@@ -130,5 +131,5 @@ def test_a_checkpoint_of_float32_starts_with_a_fresh_scale() -> None:
 def test_a_loss_that_is_not_finite_names_the_precision() -> None:
     state = fresh_state("float16")
     state.outputs = [(torch.tensor(float("nan")), TARGETS, TARGETS)]
-    with pytest.raises(step_vit.RunFailed, match="a lower --lr may help, or --precision float32$"):
+    with pytest.raises(RunFailed, match="a lower --lr may help, or --precision float32$"):
         step_vit.check_finite(state)

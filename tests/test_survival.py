@@ -30,9 +30,9 @@ import setup_vit
 import step_vit
 import utils_vit
 from config_vit import resolve
+from stop_vit import RunFailed
 from utils_vit import (
     CheckpointError,
-    RunFailed,
     TrainingState,
     load_checkpoint,
     save_checkpoint,
