@@ -88,15 +88,13 @@ class Epoch:
             self.erased[chosen >= augmentation.erase] = 0
         self.mixes = augmentation.mixup > 0 or augmentation.cutmix > 0
         if self.mixes:
-            self._draw_partners(augmentation, size, np.random.default_rng([seed, *b"mix"]))
+            self._draw_shares(augmentation, size, np.random.default_rng([seed, *b"mix"]))
 
-    def _draw_partners(
+    def _draw_shares(
         self, augmentation: Augmentation, size: int, generator: np.random.Generator
     ) -> None:
-        """Any other image for each sample, and how they mix: by mixup or by cutmix, evenly if both are on."""
+        """How each sample mixes with another: by mixup or by cutmix, evenly if both are on."""
         samples = len(self.order)
-        steps = 1 + (generator.random(samples) * (samples - 1)).astype(int)
-        self.partners = (np.arange(samples) + steps) % samples
         even = generator.random(samples) < 0.5
         cut = (augmentation.cutmix > 0) & ((augmentation.mixup == 0) | even)
         own = np.empty(samples)
@@ -139,7 +137,7 @@ class Epoch:
         return images
 
     def mix(self, images: Tensor, others: Tensor, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The images of `positions` mixed with their partners', and the share (batch, 1) of the own target.
+        """The images of `positions` mixed with `others`, and the share (batch, 1) of the own target.
 
         Mixup (Zhang et al. 2018) blends the two, cutmix (Yun et al. 2019) takes a box from the partner.
         """

@@ -382,24 +382,21 @@ def training_batches(
     (batch, num_classes) to train on, whose largest the targets then are. A part of a short last batch may be empty.
     """
     # Every draw belongs to a sample of the epoch that `seed` stands for, whatever the batch it is in:
-    # an epoch that is resumed in its middle, or shared by processes, shows the same images.
+    # an epoch that is resumed in its middle, or shared by processes, shows the same images. Each is mixed
+    # with the next of the epoch, the last with the first.
     epoch = Epoch(augmentation, len(split), split.pixels.shape[-1], seed)
-    firsts = range(start * batch_size, len(split), batch_size)
-    whole = [epoch.order[first : first + batch_size] for first in firsts]
-    parts = [positions[share_of(len(positions), rank, ranks)] for positions in whole]
-
-    def shown(parts: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        for positions, fetched in read_ahead(split, parts, device):
-            images, targets = gather(split, positions, device, fetched)
-            yield epoch.show(images, positions), targets
-
-    if not epoch.mixes:
-        yield from ((images, targets, None) for images, targets in shown(parts))
-        return
-    partners = [epoch.partners[positions] for positions in parts]
-    pairs = zip(parts, shown(parts), shown(partners), strict=True)
-    for positions, (images, targets), (others, other_targets) in pairs:
-        images, share = epoch.mix(images, others, positions)
-        soft = F.one_hot(targets, num_classes) * share
-        soft += F.one_hot(other_targets, num_classes) * (1 - share)
+    ring, beyond = np.append(epoch.order, epoch.order[:1]), int(epoch.mixes)
+    parts = []
+    for first in range(start * batch_size, len(split), batch_size):
+        own = share_of(min(batch_size, len(split) - first), rank, ranks)
+        parts.append(ring[first + own.start : first + own.stop + beyond])
+    for positions, fetched in read_ahead(split, parts, device):
+        images, targets = gather(split, positions, device, fetched)
+        images = epoch.show(images, positions)
+        if not epoch.mixes:
+            yield images, targets, None
+            continue
+        images, share = epoch.mix(images[:-1], images[1:], positions[:-1])
+        classes = F.one_hot(targets, num_classes)
+        soft = classes[:-1] * share + classes[1:] * (1 - share)
         yield images, soft.argmax(dim=1), soft
