@@ -99,7 +99,8 @@ class Classifier(nn.Module):
         super().__init__()
         saved = utils_vit.load_checkpoint(file)
         parameters = make_parser().given_by(str(file), saved["args"])
-        self.args = argparse.Namespace(**ARCH_DEFAULTS | parameters)
+        known = make_parser().with_defaults(ARCH_DEFAULTS | parameters)
+        self.args = argparse.Namespace(**known)
         self.classes: list[str] = saved["classes"]
         self.device = torch.device("cuda", 0) if utils_vit.usable_gpus() else torch.device("cpu")
         if self.device.type == "cuda":
@@ -110,7 +111,7 @@ class Classifier(nn.Module):
                 **model_sizes(self.args),
             )  # fmt: skip
             self.model.load_state_dict(utils_vit.selected_weights(saved))
-        except (ValueError, RuntimeError) as error:  # another vit-pytorch, or none of its packages
+        except (ValueError, RuntimeError, TypeError) as error:  # another vit-pytorch, or none, say
             raise CheckpointError(f"checkpoint {file}: {error}") from None
         self.to(self.device).eval()
 

@@ -19,6 +19,11 @@ import torch
 from torch import Tensor, nn
 
 CHECKPOINT_FORMAT = 1
+# What each has, of whatever version.
+KINDS = {
+    "model": dict, "ema": dict | None, "optimizer": dict, "outputs": dict | list, "best": dict | None,
+    "epoch": int, "step": int, "validated": int, "args": dict, "classes": list,
+}  # fmt: skip
 SEAL_LENGTH = len("sha256:") + 64
 # In the folder of a run: the newest checkpoint, the one before it, and that of the best epoch.
 LAST, PREVIOUS, BEST = "checkpoint.pth.tar", "previous.pth.tar", "model_best.pth.tar"
@@ -137,11 +142,13 @@ def load_checkpoint(filename: str | Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise foreign
+        if not all(isinstance(state[key], kind) for key, kind in KINDS.items()):
+            raise foreign
         weights = [w for key in ("model", "ema") for w in (state.get(key) or {}).values()]
         if any(w.numel() * w.element_size() > w.untyped_storage().nbytes() for w in weights):
             raise foreign  # a large shape over a small storage
         finite = all(w.isfinite().all() for w in weights)
-    except Exception:  # whatever a hostile file makes zipfile or torch raise
+    except Exception:  # what a hostile file makes zipfile or torch raise, and a KeyError
         raise foreign from None
     if not finite:
         raise CheckpointError(f"checkpoint {filename} holds weights that are not finite")

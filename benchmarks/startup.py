@@ -150,7 +150,7 @@ def growth_row(count: int, place: Path) -> tuple[str, ...]:
     known = time.perf_counter()
     shape = (len(images.names), 1, 1, 1)
     checksums = np.full(len(images.names), 0xD202EF8D, "<u4")  # CRC-32 of one byte 0
-    info = {"folder": str(folder), "shape": shape, "broken": {}}
+    info = {"folder": str(folder), "shape": shape, "broken": {}, "brightest": 0}
     content = cache_file_vit.make_header(shape) + bytes(len(images.names))
     file.write_bytes(content + cache_file_vit.make_footer(shape, checksums, info))
     del content, checksums

@@ -107,7 +107,8 @@ def test_the_scale_goes_through_a_checkpoint(tmp_path: Path) -> None:
     state, copy = fresh_state("float16"), fresh_state("float16")
     scale_by(state, 2.0**30)
     take_steps(state, 3)
-    save_checkpoint(state.state_dict(), False, tmp_path / "checkpoint.pth.tar")
+    identity = {"args": {}, "classes": []}
+    save_checkpoint(state.state_dict() | identity, False, tmp_path / "checkpoint.pth.tar")
     copy.load_state_dict(load_checkpoint(tmp_path / "checkpoint.pth.tar"))
     assert copy.scaler.state_dict() == state.scaler.state_dict()
     assert copy.scaler.get_scale() == 2.0**27

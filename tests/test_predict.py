@@ -344,7 +344,10 @@ def test_the_python_of_the_readme(vit: Path, images: Path) -> None:
 def test_a_damaged_model_is_one_line(vit: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "model_best.pth.tar"
     damaged.write_bytes(vit.read_bytes()[:-100])
+    forged = tmp_path / "forged.pth.tar"
+    save_checkpoint(load_checkpoint(vit) | {"args": {"arch": "vit"}}, False, forged)
     for file, text in (
+        (forged, f"checkpoint {forged}: "),
         (damaged, "is damaged"),
         (tmp_path, "Is a directory"),
         ("none", "not exist"),

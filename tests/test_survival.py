@@ -21,6 +21,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import equal
+from test_utils import EMPTY
 from torch import nn
 
 import machine_vit
@@ -576,18 +577,18 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: sealed_archive({"format": 1, "model": Malice()}), "damaged or was not written"),
-        (lambda: sealed_archive({"format": 1, "model": nn.Linear(2, 2)}), "damaged or was not"),
+        (lambda: sealed_archive(EMPTY | {"model": Malice()}), "damaged or was not written"),
+        (lambda: sealed_archive(EMPTY | {"model": nn.Linear(2, 2)}), "damaged or was not"),
         pytest.param(bomb, "damaged or was not written", marks=pytest.mark.slow),
         (
-            lambda: sealed_archive({"format": 1, "model": {"w": torch.zeros(1).expand(10**12)}}),
+            lambda: sealed_archive(EMPTY | {"model": {"w": torch.zeros(1).expand(10**12)}}),
             "damaged or was not written",
         ),
         (
-            lambda: sealed_archive({"format": 1, "model": {"w": torch.tensor([1, float("nan")])}}),
+            lambda: sealed_archive(EMPTY | {"model": {"w": torch.tensor([1, float("nan")])}}),
             "weights that are not finite",
         ),
-        (lambda: sealed_archive({"format": 1, "model": [1]}), "damaged or was not written"),
+        (lambda: sealed_archive(EMPTY | {"model": [1]}), "damaged or was not written"),
     ],
     ids=["code", "module", "bomb", "huge shape", "nan", "not weights"],
 )

@@ -30,6 +30,10 @@ from utils_vit import (
 )
 
 REPOSITORY = Path(utils_vit.__file__).parent
+EMPTY = {
+    "format": 1, "model": {}, "ema": None, "optimizer": {}, "outputs": {}, "best": None, "epoch": 0,
+    "step": 0, "validated": 0, "args": {}, "classes": [],
+}  # fmt: skip
 OPTIMIZERS = ["adam", "adamw", "sgd", "rmsprop"]
 
 
@@ -82,7 +86,7 @@ def assert_equal(one: object, other: object) -> None:
 def test_best_is_beside_last_and_survives_later_saves(tmp_path: Path) -> None:
     last, best = tmp_path / "checkpoint.pth.tar", tmp_path / "model_best.pth.tar"
     for step, is_best in ((1, False), (2, True), (3, False), (4, True), (5, False)):
-        save_checkpoint({"format": 1, "step": step}, is_best, last)
+        save_checkpoint(EMPTY | {"step": step}, is_best, last)
         assert load_checkpoint(last)["step"] == step
         assert best.exists() == (step >= 2)
         if step >= 2:
@@ -92,13 +96,13 @@ def test_best_is_beside_last_and_survives_later_saves(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up_keeps_the_old_file(tmp_path: Path) -> None:
-    code = """if True:
+    code = f"""if True:
         import resource, sys, torch
         from utils_vit import save_checkpoint
-        save_checkpoint({"format": 1, "step": 1}, True, sys.argv[1])
+        save_checkpoint({EMPTY}, True, sys.argv[1])
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         try:
-            save_checkpoint({"format": 1, "weights": torch.zeros(100_000)}, True, sys.argv[1])
+            save_checkpoint({{"weights": torch.zeros(100_000)}}, True, sys.argv[1])
         except OSError as error:
             print(error.strerror)
     """
@@ -112,12 +116,13 @@ def test_a_disk_that_fills_up_keeps_the_old_file(tmp_path: Path) -> None:
 
 def test_a_writer_that_is_killed_keeps_the_old_file(tmp_path: Path) -> None:
     """At any time the name leads to a whole file: it is read while another process rewrites it."""
-    code = """if True:
+    code = f"""if True:
         import sys, torch
         from utils_vit import save_checkpoint
         weights = torch.arange(300_000)
         for step in range(1_000_000):
-            save_checkpoint({"format": 1, "step": step, "weights": weights + step}, True, sys.argv[1])
+            news = {{"step": step, "weights": weights + step}}
+            save_checkpoint({EMPTY} | news, True, sys.argv[1])
             print(step, flush=True)
     """
     file = tmp_path / "checkpoint.pth.tar"
@@ -148,14 +153,17 @@ def test_load_checkpoint_refuses(tmp_path: Path) -> None:
         load_checkpoint(file)
     with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
         load_checkpoint(tmp_path)
-    save_checkpoint({"format": 1, "weights": torch.zeros(1000)}, False, file)
+    save_checkpoint(EMPTY | {"weights": torch.zeros(1000)}, False, file)
+    load_checkpoint(file)
     whole = file.read_bytes()
     for content in (whole[:-100], whole[:2000], b"", b"just text\n", whole.replace(b"PK", b"xx")):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match="damaged or was not written by main_vit.py"):
             load_checkpoint(file)
-    for foreign in ({"model": {}}, {"format": 99}, [1, 2], torch.zeros(3)):
-        torch.save(foreign, file)
+    lacking = [{k: v for k, v in EMPTY.items() if k != name} for name in EMPTY]
+    wrong = [EMPTY | {name: "text"} for name in EMPTY]
+    for foreign in ([1, 2], torch.zeros(3), EMPTY | {"format": 99}, *lacking, *wrong):
+        save_checkpoint(foreign, False, file)
         with pytest.raises(CheckpointError, match="was not written by main_vit.py"):
             load_checkpoint(file)
 
@@ -183,7 +191,7 @@ def test_state_goes_through_a_file_to_the_bit(
     state, copy = small_state(ema_decay, optimizer), small_state(ema_decay, optimizer)
     take_steps(state, 3)
     state.best = {"epoch": 1, "val_accuracy": 50.0, "val_auc": None}
-    save_checkpoint(state.state_dict(), False, tmp_path / "file")
+    save_checkpoint(EMPTY | state.state_dict(), False, tmp_path / "file")
     copy.load_state_dict(load_checkpoint(tmp_path / "file"))
     assert_equal(copy.state_dict(), state.state_dict())
     take_steps(state, 2)
@@ -195,9 +203,9 @@ def test_outputs_of_many_steps_are_few_entries_of_a_file(tmp_path: Path) -> None
     """NNI waits five seconds for a trial that it stops, and an epoch can have 40,000 steps."""
     state, copy = small_state(), small_state()
     take_steps(state, 1)
-    save_checkpoint(state.state_dict(), False, tmp_path / "one")
+    save_checkpoint(EMPTY | state.state_dict(), False, tmp_path / "one")
     state.outputs *= 1000
-    save_checkpoint(state.state_dict(), False, tmp_path / "thousand")
+    save_checkpoint(EMPTY | state.state_dict(), False, tmp_path / "thousand")
     with zipfile.ZipFile(tmp_path / "one") as one, zipfile.ZipFile(tmp_path / "thousand") as other:
         assert len(one.namelist()) == len(other.namelist())
     copy.load_state_dict(load_checkpoint(tmp_path / "thousand"))
