@@ -4,8 +4,8 @@ python benchmarks/compare.py --data chest_xray
 
 The original's way (way_original.py), timm's (way_timm.py) and this project's, each in the settings
 named in the table: same images, model and batch, Adam without clipping, evaluation after every epoch, and one
-rule for precision: float32 in the original's way, as it was; for the others bfloat16 where the device
-computes faster in it. Of the settings of one way the fastest counts.
+rule for precision: float32 in the original's way, as it was; for the others that in which main_vit.py
+computes fastest on the device. Of the settings of one way the fastest counts.
 """
 
 import argparse
