@@ -36,7 +36,7 @@ def make_parser() -> Parser:
     add("--workers", type=number(int, 1, 1024), metavar="N", help="threads that decode images (default: the cores that this process may use; with --cache off its share of them)")
 
     add = parser.add_argument_group("model").add_argument
-    add("-a", "--arch", default="vit", help="vit, or another architecture of vit-pytorch: simple_vit, deepvit, cait, ... (default: %(default)s)")
+    add("-a", "--arch", default="vit", help="vit, vit_torchvision (as pretrained_vit.py makes it), or another architecture of vit-pytorch: simple_vit, deepvit, cait, ... (default: %(default)s)")
     add("-p", "--patch-size", type=positive, metavar="PIXELS", help="side of a patch (default: 16; demo 4)")
     add("-pn", "--patch-num", type=positive, metavar="N", help="patches per side: patch size = image size / N")
     add("-vd", "--vt-dim", type=positive, metavar="N", default=256, help="width of the tokens (default: %(default)s)")

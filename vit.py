@@ -307,16 +307,19 @@ def load_pretrained(model: nn.Module, weights: dict[str, Tensor], same_classes: 
 
 # What every architecture must take; cait wants the depth of its class-attention stage beside it.
 REQUIRED = {"image_size", "patch_size", "num_classes", "dim", "depth", "heads", "mlp_dim"}
-EXTRA_ARGUMENTS = {"cait": {"cls_depth": 2}}
+EXTRA_ARGUMENTS = {
+    "cait": {"cls_depth": 2},
+    "vit_torchvision": {"qkv_bias": True, "norm_eps": 1e-6, "patch_norm": False},
+}
 
 
 @functools.cache
 def model_class(arch: str) -> type[nn.Module]:
-    """The class behind the name: "vit" is `ViT` above, others are modules of vit-pytorch.
+    """The class behind the name: "vit" and "vit_torchvision" are `ViT` above, others modules of vit-pytorch.
 
     Raises ValueError when there is none that takes the arguments of `ViT` and gives logits.
     """
-    if arch == "vit":
+    if arch in ("vit", "vit_torchvision"):
         return ViT
     import vit_pytorch  # takes 2 s, so only when one of its architectures is wanted
 
@@ -330,7 +333,7 @@ def model_class(arch: str) -> type[nn.Module]:
             if own and _takes_vit_arguments(candidate, arch) and _gives_logits(candidate, arch):
                 return candidate
     raise ValueError(
-        f"arch '{arch}' is neither vit nor a module of vit-pytorch that can stand in for it "
+        f"arch '{arch}' is neither vit nor vit_torchvision nor a module of vit-pytorch like them "
         "(simple_vit, deepvit, vit_for_small_dataset, cait, parallel_vit, local_vit, "
         "simple_vit_with_register_tokens, vit_with_patch_dropout, ...)"
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.models import VisionTransformer
 from vit_pytorch import ViT as ReferenceViT
 
+from pretrained_vit import translated
 from vit import (
     Attention,
     FeedForward,
@@ -93,31 +94,6 @@ def test_equals_vit_pytorch(pool: str, changes: dict[str, int]) -> None:
     )
 
 
-def from_torchvision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's names and layouts -> ours."""
-    names = {
-        "class_token": "cls_token",
-        "encoder.pos_embedding": "pos_embedding",
-        "conv_proj.": "patch_embedding.",
-        "encoder.layers.encoder_layer_": "transformer.layers.",
-        "encoder.ln.": "transformer.norm.",
-        "heads.head.": "head.",
-        ".ln_1.": ".0.norm.",
-        ".self_attention.in_proj_": ".0.fn.to_qkv.",  # rows: all of q, all of k, all of v, as ours
-        ".self_attention.out_proj.": ".0.fn.to_out.",
-        ".ln_2.": ".1.norm.",
-        ".mlp.": ".1.fn.net.",
-    }
-    ours = {}
-    for name, value in weights.items():
-        if name == "conv_proj.weight":  # (dim, channels, p, p) -> (dim, p * p * channels)
-            value = value.permute(0, 2, 3, 1).flatten(1)
-        for old, new in names.items():
-            name = name.replace(old, new)
-        ours[name] = value
-    return ours
-
-
 @pytest.mark.parametrize("changes", [{}, {"heads": 4, "patch_size": 8, "depth": 1}], ids=str)
 def test_equals_torchvision(changes: dict[str, int]) -> None:
     a = SMALL | changes
@@ -127,10 +103,9 @@ def test_equals_torchvision(changes: dict[str, int]) -> None:
         norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
     ).eval()  # fmt: skip
     fill(reference, seed=1)
-    model = ViT(
-        **a, dim_head=a["dim"] // a["heads"], qkv_bias=True, norm_eps=1e-6, patch_norm=False
-    ).eval()
-    model.load_state_dict(from_torchvision(reference.state_dict()))
+    model = build_model("vit_torchvision", **a, dim_head=a["dim"] // a["heads"]).eval()
+    halves = [0.5] * 3  # what both then take as normalized
+    model.load_state_dict(translated(reference.state_dict(), halves, halves))
     images = torch.randn(5, 3, 16, 16)
     torch.testing.assert_close(model(images), reference(images), rtol=2e-5, atol=2e-5)
 
