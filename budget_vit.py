@@ -35,7 +35,7 @@ from utils_vit import (
 PBT_MAY_CHANGE = {
     *("lr", "momentum", "weight_decay", "label_smoothing", "clip_grad", "dropout", "emb_dropout"),
     *("batch_size", "gamma", "flip", "affine", "crop", "color", "randaugment", "erase"),
-    *("mixup", "cutmix"),
+    *("mixup", "cutmix", "precision"),  # of auto, which follows from the batch size
 }
 
 

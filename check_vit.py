@@ -319,13 +319,7 @@ def check_images(
         if num_classes not in (None, 10):
             raise DataError(f"--num-classes is {num_classes}, but the demo has 10 classes")
         return
-    data_vit.check_folder(download_dir)
-    try:
-        folders = data_vit.read_splits(download_dir, num_classes, val_split)
-    except OSError as error:
-        raise DataError(
-            f"--download-dir {download_dir} cannot be listed: {error.filename}: {error.strerror}"
-        ) from None
+    folders = data_vit.read_splits(download_dir, num_classes, val_split)
     train = folders["train"]
     counts = (f"{len(images.names):,} in {images.folder}" for images in folders.values())
     names = ", ".join(train.classes[:10]) + ", ..." * (len(train.classes) > 10)

@@ -123,6 +123,8 @@ def hides_signals(command: str) -> str | None:
         if token["word"]:
             words.append(token[0])
         elif token["control"] and token[0] not in ("|", "|&", "&"):  # ; && || newline
+            if words[:1] == ["trap"]:  # bash stays, to run it at the end
+                return command
             if any(map(PYTHON.search, words)):
                 after_python = rest
             words, hiding = [], None

@@ -5,7 +5,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,11 @@ class Parser(argparse.ArgumentParser):
         del defaults["help"]
         return defaults | parameters
 
-    def unknown(self, name: str) -> UsageError:
-        """The error for an option that there is not."""
-        valid = sorted(o for action in self._actions for o in action.option_strings[-1:])
-        known = [o for action in self._actions for o in action.option_strings if len(o) > 2]
+    def unknown(self, name: str, left_out: Set[str] = frozenset()) -> UsageError:
+        """The error for an option that does not exist; it offers none that is `left_out`."""
+        options = [a.option_strings for a in self._actions if a.dest not in left_out]
+        valid = sorted(strings[-1] for strings in options if strings)
+        known = [o for strings in options for o in strings if len(o) > 2]
         near = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return UsageError(f"unknown parameter {name}{hint}; valid ones: {' '.join(valid)}")
@@ -75,14 +76,14 @@ class Parser(argparse.ArgumentParser):
         A nested choice of NNI, {"optimizer": {"_name": "sgd", "momentum": 0.9}}, gives both parameters.
         """
         actions = {option: action for action in self._actions for option in action.option_strings}
-        argv, switched_off = [], {}
+        argv, switched_off, elsewhere = [], {}, NOT_SAVED | {"help"}
         try:
             for name, value in flattened(parameters):
                 option = "--" + str(name).replace("_", "-")
                 action = actions.get(option)
                 if action is None:
-                    raise self.unknown(option)
-                if action.dest in NOT_SAVED | {"help"}:
+                    raise self.unknown(option, elsewhere)
+                if action.dest in elsewhere:
                     raise UsageError(f"{name} belongs on the command line")
                 if isinstance(value, dict | list):
                     kind = "mapping" if isinstance(value, dict) else "list"

@@ -117,24 +117,31 @@ def fingerprint(images: ImageFolder, rows: list[int]) -> str:
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
-def check_folder(download_dir: Path) -> None:
-    """Raises DataError if it is none."""
+def read_splits(
+    download_dir: Path, num_classes: int | None, val_split: float | None
+) -> dict[str, ImageFolder]:
+    """The image folders of train and, where they exist and count, val and test. Raises DataError."""
     if not os.path.isdir(download_dir):  # Path's own raises where a name is too long
         there = os.path.exists(download_dir)
         what = "is a file: unpack it" if there else "does not exist"
         raise DataError(f"data folder {download_dir} {what}; give --download-dir a folder")
+    try:
+        return _list_splits(download_dir, num_classes, val_split)
+    except OSError as error:
+        raise DataError(
+            f"data folder {download_dir} cannot be listed: {error.filename}: {error.strerror}"
+        ) from None
 
 
-def read_splits(
+def _list_splits(
     download_dir: Path, num_classes: int | None, val_split: float | None
 ) -> dict[str, ImageFolder]:
-    """The image folders of train and, where they exist and count, val and test."""
     has_train = is_folder(download_dir / "train")
     folders = {"train": read_image_folder(download_dir / "train" if has_train else download_dir)}
     classes = folders["train"].classes
-    splits = [name for name in classes if name.lower() in SPLIT_NAMES]
+    splits = [] if has_train else [name for name in classes if name.lower() in SPLIT_NAMES]
     divided = any(set(os.listdir(download_dir / name)) & set(classes) for name in splits)
-    if not has_train and (len(splits) > 1 or divided):  # "valid" beside "invalid" is a class
+    if len(splits) > 1 or divided:  # "valid" beside "invalid" is a class
         raise DataError(
             f"{download_dir} has no train/, and {', '.join(splits)} would be classes: call its parts "
             "train, val and test, or move its class folders into train/"
@@ -177,13 +184,7 @@ def open_data(
     `cache` is "disk", "memory" or "off", `cache_limit` in GB, as `decode_folder` has them. Raises
     DataError.
     """
-    try:
-        check_folder(download_dir)
-        folders = read_splits(download_dir, num_classes, val_split)
-    except OSError as error:
-        raise DataError(
-            f"data folder {download_dir} cannot be listed: {error.filename}: {error.strerror}"
-        ) from None
+    folders = read_splits(download_dir, num_classes, val_split)
     classes = folders["train"].classes
 
     notes, splits, broken = [], {}, []
@@ -220,7 +221,7 @@ def open_data(
         train = splits["train"]
         parts = hold_out(train.targets[train.indices], val_split or 0.1, seed, classes)
         splits["train"], splits["val"] = (
-            Split(train.pixels, train.targets, train.indices[part]) for part in parts
+            replace(train, indices=train.indices[part]) for part in parts
         )
     if len(splits["val"]) < 20 * len(classes):
         notes.append(

@@ -400,7 +400,7 @@ def results_of(
 
 
 if __name__ == "__main__":
-    if "--check" in sys.argv:
+    if any(word.partition("=")[0] == "--check" for word in sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # main_vit.py --check config.yml | head
     status = main()
     gc.freeze()  # else Python looks through all objects of torch once more at its end: half a second

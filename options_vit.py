@@ -19,7 +19,7 @@ def make_parser() -> Parser:
     add("--download-dir", type=expanded_path, metavar="DIR", help="folder with train/ and, if there are, val/ and test/, or with class folders directly (default: the digits demo, written to ./dataset/digits)")
     add("--num-classes", type=number(int, 2), metavar="N", help="must be the number of class folders (default: that number)")
     add("-s", "--image-size", type=positive, metavar="PIXELS", help="images are resized to this square (default: 224; demo 16)")
-    add("-ch", "--channel", type=int, choices=(1, 3), help="1 reads grey, 3 reads RGB (default: 3; demo 1)")
+    add("-ch", "--channel", type=number(int, 1), choices=(1, 3), help="1 reads grey, 3 reads RGB (default: 3; demo 1)")
     add("--val-split", type=number(float, 0, 0.9, above=True), metavar="SHARE", help="part of train/ to select on; given, it wins over val/ (default: val/, else 0.1; demo 0.2)")
     add("--flip", choices=tuple(augment_vit.FLIPS), default="none", help="random flips in training (default: %(default)s)")
     add("--affine", type=share, metavar="SHARE", default=0.0, help="random rotation, scale and shift in training; 1 is up to 45 degrees, a factor of 2 and half the side (default: %(default)s)")

@@ -98,9 +98,9 @@ class Classifier(nn.Module):
     def __init__(self, file: Path) -> None:
         super().__init__()
         saved = utils_vit.load_checkpoint(file)
-        parameters = make_parser().given_by(str(file), saved["args"])
-        known = make_parser().with_defaults(ARCH_DEFAULTS | parameters)
-        self.args = argparse.Namespace(**known)
+        parser = make_parser()
+        parameters = parser.given_by(str(file), saved["args"])
+        self.args = argparse.Namespace(**parser.with_defaults(ARCH_DEFAULTS | parameters))
         self.classes: list[str] = saved["classes"]
         self.device = torch.device("cuda", 0) if utils_vit.usable_gpus() else torch.device("cpu")
         if self.device.type == "cuda":
@@ -212,7 +212,7 @@ def evaluate(classifier: Classifier, folder: Path) -> dict[str, object]:
         parts.append(logits)
     if broken:
         named = not_decoded([f"{images.path(i)} ({why})" for i, why in sorted(broken.items())])
-        if not getattr(classifier.args, "skip_broken", False):
+        if not classifier.args.skip_broken:
             raise DataError(f"{named}. Repair or remove them")
         check_classes(images, broken)
         print(printable(f"predict_vit.py: {named}. Left out (--skip-broken)"), file=sys.stderr)
@@ -228,10 +228,10 @@ def export(classifier: Classifier, file: Path) -> None:
 
     .pt2 holds classes.json beside the program, .onnx the same text among its metadata.
     """
-    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     kind = file.suffix.lower()
     if kind not in (".pt2", ".onnx"):
         raise UsageError(f"--export {file} is neither .pt2 nor .onnx")
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if kind == ".onnx" and missing:
         raise UsageError(f"--export {file} needs packages: pip install {' '.join(missing)}")
     classifier.cpu()  # the file may go anywhere

@@ -30,8 +30,8 @@ def improves(metric: str, line: dict[str, Any], best: dict[str, Any]) -> bool:
 
 def accuracies(predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Accuracy and balanced accuracy, in percent, of class numbers (images,) against (images,)."""
-    images, hits = np.bincount(targets), np.bincount(targets[predicted == targets])
-    hits = np.pad(hits, (0, len(images) - len(hits)))
+    images = np.bincount(targets)
+    hits = np.bincount(targets[predicted == targets], minlength=len(images))
     present = images > 0
     return {
         "accuracy": 100 * float(hits.sum() / images.sum()),

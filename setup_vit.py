@@ -63,7 +63,7 @@ def set_up(
     elif args.load_checkpoint_dir:
         notes += budget_vit.continue_member(state, args, data)
     if args.init_from and not state.step:
-        notes += start_from(state, args, data.classes)
+        notes += start_from(state, args, data)
     if not computes_in(args.precision, device):  # a run of another machine, say
         remedy = "" if args.resume else ": --precision float32"  # which a resume would refuse
         notes.append(f"{args.precision} is slow here, without instructions for it{remedy}")
@@ -289,22 +289,23 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
     return saved, note
 
 
-def start_from(state: TrainingState, args: argparse.Namespace, classes: list[str]) -> list[str]:
+def start_from(state: TrainingState, args: argparse.Namespace, data: data_vit.Data) -> list[str]:
     """--init-from: only the weights of a checkpoint; returns what the log should say of it."""
     file = args.init_from
 
-    def load() -> tuple[dict[str, Any], list[str], dict[str, Tensor]]:
+    def load() -> tuple[dict[str, Any], list[str], str, dict[str, Tensor]]:
         saved = utils_vit.load_checkpoint(file)
-        return saved["args"], saved["classes"], utils_vit.selected_weights(saved)
+        held_out = saved.get("fingerprints", data.fingerprints)["val"]
+        return saved["args"], saved["classes"], held_out, utils_vit.selected_weights(saved)
 
-    saved_args, saved_classes, weights = distributed_vit.from_rank_0(load)
+    saved_args, saved_classes, held_out, weights = distributed_vit.from_rank_0(load)
     try:
         # With another one weights can have the same shapes.
         for name in ("arch", "vt_heads", "dim_head", "pool"):
             own, other = getattr(args, name), saved_args.get(name)
             if own != other:
                 raise ValueError(f"{name} is {own} here and {other} in the checkpoint")
-        changes = vit.load_pretrained(state.model, weights, saved_classes == classes)
+        changes = vit.load_pretrained(state.model, weights, saved_classes == data.classes)
     except ValueError as error:
         raise CheckpointError(
             f"--init-from: {error}: give the model parameters that it was trained with, as --config "
@@ -312,4 +313,10 @@ def start_from(state: TrainingState, args: argparse.Namespace, classes: list[str
         ) from None
     if state.ema:
         state.ema.model.load_state_dict(state.model.state_dict())
+    own_folder = None if args.download_dir is None else str(args.download_dir)
+    if saved_args.get("download_dir") == own_folder and held_out != data.fingerprints["val"]:
+        changes.append(
+            "it may have been trained on images that are held out now, and validation look too good: "
+            "keep --seed, --val-split and the images, or make a val/"
+        )
     return [f"init-from {file}: {change}" for change in changes or ["all weights as they were"]]

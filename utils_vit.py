@@ -162,16 +162,16 @@ def load_newest(filename: Path) -> tuple[dict[str, Any], Path, str | None]:
     is the best if that is of a later moment (a crash between the two writes): the run would not know of
     the epoch that it is of. Raises CheckpointError.
     """
-    source, note = filename, None
+    source, reason = filename, f"{filename} is of an earlier moment"
     try:
         state = load_checkpoint(filename)
     except CheckpointError as error:
         if filename.name not in (LAST, PREVIOUS, BEST):  # mistyped, say
             raise
-        state = None
+        state, reason = None, str(error)
         for source in (filename.with_name(name) for name in (PREVIOUS, BEST)):
             with suppress(CheckpointError):
-                state, note = load_checkpoint(source), f"{error}: going on from {source}"
+                state = load_checkpoint(source)
                 break
         if state is None:
             raise
@@ -179,11 +179,8 @@ def load_newest(filename: Path) -> tuple[dict[str, Any], Path, str | None]:
     with suppress(CheckpointError):  # missing, or damaged, and then a better one may replace it
         best = load_checkpoint(file)
         if (best["step"], best["validated"]) > (state["step"], state["validated"]):
-            reason = (
-                note.partition(": going on")[0] if note else f"{filename} is of an earlier moment"
-            )
-            return best, file, f"{reason}: going on from {file}"
-    return state, source, note
+            state, source = best, file
+    return state, source, f"{reason}: going on from {source}" if source != filename else None
 
 
 def selected_weights(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -287,7 +284,7 @@ class TrainingState:
         except (RuntimeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"the checkpoint does not fit this model: {reason}") from None
-        device = next(self.model.parameters()).device
+        device = self.parameters[0].device
         self.epoch, self.step, self.validated = state["epoch"], state["step"], state["validated"]
         self.best = state["best"]
         if state.get("scaler"):  # not one of PBT that goes on from another's float32

@@ -209,9 +209,9 @@ class ViT(nn.Module):
         self.patch_embedding = nn.Linear(patch_dim, dim)
         self.embedding_norm = nn.LayerNorm(dim, eps=norm_eps) if patch_norm else nn.Identity()
 
-        self.num_prefix_tokens = 1 if pool == "cls" else 0
-        self.cls_token = nn.Parameter(torch.empty(1, self.num_prefix_tokens, dim))
-        self.pos_embedding = nn.Parameter(torch.empty(1, num_patches + self.num_prefix_tokens, dim))
+        cls_tokens = 1 if pool == "cls" else 0
+        self.cls_token = nn.Parameter(torch.empty(1, cls_tokens, dim))
+        self.pos_embedding = nn.Parameter(torch.empty(1, cls_tokens + num_patches, dim))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embedding, std=0.02)
         self.dropout = nn.Dropout(emb_dropout)

@@ -172,6 +172,19 @@ def test_a_member_may_get_the_first_momentum(train, tmp_path: Path) -> None:
     assert "continued from" in second.stdout
 
 
+@pytest.mark.parametrize("precisions", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_member_may_get_another_precision(
+    precisions: tuple[str, str], train, tmp_path: Path
+) -> None:
+    """That of auto follows from the batch size, which PBT may change."""
+    folder = tmp_path / "population"
+    share = ["--epochs", 1, "--load-checkpoint-dir", folder, "--save-checkpoint-dir", folder]
+    for name, precision in zip(("first", "second"), precisions, strict=True):
+        result = train(name, None, *share, "--precision", precision)
+        assert result.status == 0, result.stderr
+    assert "continued from" in result.stdout
+
+
 def test_a_member_that_could_leave_no_checkpoint(train, tmp_path: Path) -> None:
     """Is told so before it trains, not after."""
     (tmp_path / "file").touch()

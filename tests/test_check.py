@@ -864,9 +864,11 @@ def test_nothing_of_nni_is_printed_and_nothing_is_written(tmp_path: Path, run_ma
     assert not list(result.cwd.iterdir())
 
 
-def test_a_report_of_which_not_all_is_read(tmp_path: Path) -> None:
-    command = [sys.executable, REPOSITORY / "main_vit.py", "--check", REPOSITORY / "config.yml"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+@pytest.mark.parametrize("options", [["--check", "config.yml"], ["--check=config.yml"]])
+def test_a_report_of_which_not_all_is_read(options: list[str]) -> None:
+    command = [sys.executable, "main_vit.py", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=REPOSITORY, **pipes) as process:
         process.stdout.close()
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (-signal.SIGPIPE, b"")

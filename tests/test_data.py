@@ -173,6 +173,9 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path, make_images: MakeImag
     make_images(tmp_path / "mixed" / "test", ["cat", "dog"], 2)  # of the classes beside it
     with pytest.raises(DataError, match="no train/, and test would be classes"):
         open_small(tmp_path / "mixed")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").rename(tmp_path / "whole" / "train")  # beside no folder "valid"
+    assert open_small(tmp_path / "whole").classes == ["invalid", "valid"]
 
 
 @pytest.mark.parametrize("name", ["valid", "Test"])

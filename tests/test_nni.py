@@ -292,6 +292,7 @@ COMMANDS = {  # trialCommand: what keeps the signal from Python
     "(python x.py)": "(python x.py)",
     "{ python x.py; }": "; }",
     "time python x.py": "time python x.py",
+    "trap 'echo bye' EXIT; python x.py": "trap 'echo bye' EXIT; python x.py",
     "flock lock python x.py": "flock lock python x.py",
     "flock --no-fork lock python x.py": None,
     "cd . && bash run.sh": "bash run.sh",

@@ -820,6 +820,22 @@ def test_init_from_takes_the_selected_weights(
     assert yaml.safe_load((output / "args.yaml").read_text())["init_from"] == str(started)
 
 
+def test_init_from_says_when_validation_may_look_too_good(
+    images: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    """Another seed or share holds out other images, which the earlier model may have been trained on."""
+    where = ["--download-dir", images]
+    first = TINY | {"val_split": 0.2, "epochs": 1, "model_dir": tmp_path / "first"}
+    assert run_main(*where, *options(first)).status == 0
+    more = first | {"init_from": tmp_path / "first/model_best.pth.tar"}
+    for i, (changes, told) in enumerate(
+        [({"lr": 1e-4}, False), ({"seed": 1}, True), ({"val_split": 0.3}, True)]
+    ):
+        result = run_main(*where, *options(more | changes | {"model_dir": tmp_path / str(i)}))
+        assert result.status == 0, result.stderr
+        assert ("trained on images that are held out now" in result.stdout) is told, changes
+
+
 def test_init_from_for_other_classes_and_image_size(
     trained: Path, other_classes: Path, run_main: RunMain, tmp_path: Path
 ) -> None:
