@@ -136,8 +136,8 @@ def main_worker(
     signals = StopSignals()
     leads = distributed_vit.rank() == 0
     parameters = saved_parameters(args)
-    for line in report_vit.describe(args, device, data, state.model, output, state.step):
-        log.info(line)
+    for text in report_vit.describe(args, device, data, state.model, output, state.step):
+        log.info(text)
 
     steps_per_epoch = data.train.steps(args.batch_size)
     last_epoch = args.stop_epoch or args.epochs
@@ -181,6 +181,7 @@ def main_worker(
         if due and leads:
             saver.save(state)
 
+    line = None
     try:
         while not state.is_done(total_steps):
             pieces = state.pieces
@@ -197,7 +198,7 @@ def main_worker(
             if state.pieces > pieces:
                 log.info(f"memory was short: batches are now taken in {state.pieces} pieces")
             log.info(report_vit.epoch_text(line, last_epoch, is_best))
-            if trial:
+            if trial and not state.is_done(total_steps):
                 trial.report(line["epoch"], report_vit.nni_metrics(line, args.metric))
         results = results_of(state, data, args, device, check_signals, output)
     except Stopped as stopped:
@@ -213,9 +214,11 @@ def main_worker(
         # Before results.json, which says that all is done.
         budget_vit.leave_checkpoint(args, output)
         recorder.close(results)
-    for line in report_vit.results_text(results, output):
-        log.info(line)
+    for text in report_vit.results_text(results, output):
+        log.info(text)
     if trial:
+        if line:  # not before: an assessor may end the trial for it
+            trial.report(line["epoch"], report_vit.nni_metrics(line, args.metric))
         trial.finish(report_vit.final_metrics(args, state.best, output))
 
 

@@ -342,6 +342,24 @@ def test_bohb_searches_a_choice_inside_of_choices() -> None:
     assert len(generator.configs[1]) == 20
 
 
+def test_bohb_draws_no_configuration_twice() -> None:
+    """NNI's fills whole brackets with one of choices: its halving then compares nothing."""
+    from bohb_tuner import Generator
+
+    space = {name: {"_type": "choice", "_value": [*range(6)]} for name in ("a", "b", "c")}
+    generator = Generator(
+        space, 1, min_points_in_model=None, top_n_percent=15, num_samples=4,
+        random_fraction=0.3, bandwidth_factor=3, min_bandwidth=1e-3,
+    )  # fmt: skip
+    seen = []
+    for _ in range(60):  # of 216
+        parameters = generator.get_config(1)
+        budget = parameters.pop("TRIAL_BUDGET")
+        seen.append(tuple(parameters.values()))
+        generator.new_result(sum(parameters.values()), budget, parameters)
+    assert len(seen) == len(set(seen))
+
+
 def test_bohb_learns_by_budget() -> None:
     """NNI's own files all under budget 0; a failure counts as the worst; resumed results count too."""
     advisor = make("bohb_tuner.BOHB", seed=1, max_budget=9)

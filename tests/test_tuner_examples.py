@@ -84,6 +84,20 @@ def test_example_runs_to_its_end(file: Path, tmp_path: Path) -> None:
                 assert final["default"] == results(running, trial)["validation"]["accuracy"]
 
 
+@pytest.mark.slow
+def test_no_trial_is_ended_at_its_last_epoch(tmp_path: Path) -> None:
+    """It is paid for by then: even where the assessor would end it there, it leaves its results."""
+    config = shortened(REPOSITORY / "examples" / "tuners" / "halving.yml") | {"maxTrialNumber": 6}
+    config["trialCommand"] += " --epochs 1"
+    config["assessor"]["classArgs"]["first"] = 1
+    with experiment(config, tmp_path) as running:
+        running.wait("DONE", 300)
+        assert len(running.trials()) == 6
+        for trial in running.trials():
+            (final,) = running.finals(trial["trialJobId"])
+            assert final["default"] == results(running, trial)["validation"]["accuracy"]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("tuner", OWN)
 def test_failing_trials_do_not_end_the_search(tuner: str, tmp_path: Path) -> None:

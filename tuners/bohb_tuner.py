@@ -21,7 +21,7 @@ except ImportError as error:
 from nni.common.hpo_utils import deformat_parameters, format_parameters
 from nni.runtime.tuner_command_channel import CommandType
 from nni.utils import MetricType, OptimizeMode
-from robust_tuner import finite_number, formatted, left_out_of_resume
+from robust_tuner import finite_number, formatted, frozen, left_out_of_resume
 
 log = logging.getLogger(f"nni.{__name__}")  # which NNI writes to dispatcher.log
 BUDGET = "TRIAL_BUDGET"
@@ -36,6 +36,7 @@ class Generator(CG_BOHB):
 
     def __init__(self, space: dict[str, Any], seed: int | None, **options: Any) -> None:
         self.specs = formatted(space)
+        self.tried: set[Any] = set()
         configspace = ConfigSpace.ConfigurationSpace(seed=seed)
         for key, spec in self.specs.items():
             if spec.categorical:
@@ -46,15 +47,22 @@ class Generator(CG_BOHB):
         super().__init__(configspace, **options)
 
     def get_config(self, budget: int) -> dict[str, Any]:
-        """A configuration in NNI's form, with its budget."""
-        point = super().get_config(budget)
-        active: dict[Any, Any] = {}
-        for key, spec in self.specs.items():
-            if spec.is_activated_in(active):
-                low, high = ends(spec)
-                share = point[str(key)]
-                active[key] = int(share) if spec.categorical else low + float(share) * (high - low)
-        return deformat_parameters(active, self.specs) | {BUDGET: budget}
+        """A configuration in NNI's form, with its budget; one that was not handed out yet, if 20 draws find one."""
+        for _ in range(20):
+            point = super().get_config(budget)
+            active: dict[Any, Any] = {}
+            for key, spec in self.specs.items():
+                if spec.is_activated_in(active):
+                    low, high = ends(spec)
+                    share = point[str(key)]
+                    active[key] = (
+                        int(share) if spec.categorical else low + float(share) * (high - low)
+                    )
+            parameters = deformat_parameters(active, self.specs)
+            if frozen(parameters) not in self.tried:
+                break
+        self.tried.add(frozen(parameters))
+        return parameters | {BUDGET: budget}
 
     def new_result(
         self, loss: float | None, budget: int, parameters: dict[str, Any], update_model: bool = True

@@ -75,6 +75,15 @@ class Dngo(Robust, nni_dngo.DNGOTuner):
             parameter_id, parameters, 0.95 + (self._values[-1] - max(self._values)) / scale
         )
 
+    def trial_end(self, parameter_id: int, success: bool, **kwargs: Any) -> None:
+        if not success:  # the result of a success may come after its end
+            super().trial_end(parameter_id, success, **kwargs)
+
+    def _fail(self, parameter_id: int, parameters: dict[str, Any]) -> None:
+        # Left out, it would be suggested again and again. So it counts as the worst.
+        if self._values:
+            self._tell(parameter_id, parameters, self._sign * min(self._values))
+
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
         self._tell(-1, parameters, value)
 

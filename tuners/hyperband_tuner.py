@@ -26,6 +26,8 @@ class Hyperband(Guard, hyperband_advisor.Hyperband, Channel):
     ) -> None:
         if not (R >= 1 and eta >= 2):
             raise ValueError(f"R {R} must be at least 1 and eta {eta} at least 2")
+        if exec_mode not in ("parallelism", "serial"):  # with another word NNI's suggests nothing
+            raise ValueError(f"exec_mode is parallelism or serial, not {exec_mode}")
         super().__init__(optimize_mode, R, eta, exec_mode)
         self.prepare(hyperband_advisor, seed)
         self.largest_budget = R

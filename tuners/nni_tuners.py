@@ -135,6 +135,7 @@ class GP(Robust, GPTuner):
     def __init__(self, optimize_mode: str = "maximize", seed: int | None = None, **kwargs: Any):
         super().__init__(optimize_mode, **kwargs)
         gp_util.minimize = minimize
+        gp_util.UtilityFunction(self._utility, self._kappa, self._xi)  # raises for an unknown word
         self._seed, self._random_state = seed, np.random.RandomState(seed)
         self._gp.set_params(random_state=self._random_state)
 
@@ -144,12 +145,27 @@ class GP(Robust, GPTuner):
         super()._new_space(shares)
 
     def _propose(self, parameter_id: int) -> dict[str, Any]:
+        # NNI's knows only trials that have told a result: it would suggest those that run, and those that
+        # failed, again and again. Here they count as the worst.
+        space = self._space
+        known = space._params, space._target, space._cache.copy()
+        if space.len() >= self._cold_start_num:
+            for i in sorted(self._suggested.keys() - self._told):
+                space.register(self._shares(self._suggested[i]), known[1].min())
         shares = super()._propose(parameter_id)
-        return {key: of_share(shares[key], **spec) for key, spec in self._search_space.items()}
+        space._params, space._target, space._cache = known
+        for _ in range(20):
+            parameters = {k: of_share(shares[k], **spec) for k, spec in self._search_space.items()}
+            if self._is_new(parameters):
+                break
+            shares = space.array_to_params(space.random_sample())
+        return parameters
+
+    def _shares(self, parameters: dict[str, Any]) -> dict[str, float]:
+        return {key: share_of(parameters[key], **s) for key, s in self._search_space.items()}
 
     def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
-        shares = {key: share_of(parameters[key], **s) for key, s in self._search_space.items()}
-        super()._tell(parameter_id, shares, value)
+        super()._tell(parameter_id, self._shares(parameters), value)
 
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
         self._tell(-1, parameters, value)
