@@ -65,7 +65,7 @@ class Epoch:
         if limit := augmentation.affine:
             moves.append(affine_matrices(generator.uniform(-limit, limit, (samples, 4))))
 
-        # From here on each has a generator of its own: to switch one on changes no other's draws.
+        # From here on each has a generator of its own: switching one on changes no other's draws.
         def draws(purpose: str, columns: int) -> np.ndarray:
             return np.random.default_rng([seed, *purpose.encode()]).random((columns, samples))
 
@@ -203,7 +203,7 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
 
 
 def erased_boxes(draws: np.ndarray, size: int) -> np.ndarray:
-    """Random erasing (Zhong et al. 2020): 2 to 33 % of the area, ratios up to 3.3, to whole pixels; boxes as `inside` takes."""
+    """Random erasing (Zhong et al. 2020): 2 to 33 % of the area, ratios up to 3.3; boxes as `inside` takes."""
     sides = size * rectangles(0.02 + 0.31 * draws[0], 3.3, draws[1])
     sides = np.clip(sides.round(), 1, size).astype(int)
     starts = (draws[2:] * (size - sides + 1)).astype(int)

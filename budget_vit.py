@@ -31,7 +31,7 @@ from utils_vit import (
     replace_file,
 )
 
-# What may be another in the next share of a training of PBT; the sizes of the model may not.
+# What PBT may change from one share of a training to the next; the sizes of the model it may not.
 PBT_MAY_CHANGE = {
     *("lr", "momentum", "weight_decay", "label_smoothing", "clip_grad", "dropout", "emb_dropout"),
     *("batch_size", "gamma", "flip", "affine", "crop", "color", "randaugment", "erase"),
@@ -42,7 +42,8 @@ PBT_MAY_CHANGE = {
 def continue_earlier(args: argparse.Namespace, data: Data, output: Path) -> list[str]:
     """Start `output` as a copy of the longest whole run of the same configuration, if there is one.
 
-    Looks at the trials beside this one; sets args.resume. Returns what the log should say of it. Raises
+    Looks at the trials beside this one; sets args.resume, and args.stop_epoch of a trial of PBT that starts
+    again; makes save_checkpoint_dir. Returns what the log should say of it. Raises
     UsageError where PBT's checkpoint could not be left at the end.
     """
     if args.save_checkpoint_dir:
@@ -106,7 +107,7 @@ def check_whole(folder: Path, args: argparse.Namespace, data: Data) -> None:
 
 
 def copy_run(source: Path, target: Path) -> None:
-    """Copy a whole run into an empty one; after a crash between the last two it goes on from the best."""
+    """Copy a whole run into an empty folder; after a crash between the last two it goes on from the best."""
     if (source / "tensorboard").exists():  # somebody may have tidied up
         shutil.copytree(source / "tensorboard", target / "tensorboard", dirs_exist_ok=True)
     for name in ("metrics.jsonl", BEST, LAST):
@@ -141,11 +142,11 @@ def continue_member(state: TrainingState, args: argparse.Namespace, data: Data) 
     state.load_state_dict(saved)
     for group, values in zip(state.optimizer.param_groups, own, strict=True):
         group.update(values)
-    if args.optimizer == "rmsprop" and args.momentum:  # which makes these at its first step only
+    if args.optimizer == "rmsprop" and args.momentum:  # RMSprop makes these at its first step only
         for moments in state.optimizer.state.values():
             moments.setdefault("momentum_buffer", torch.zeros_like(moments["square_avg"]))
-    before = math.ceil(saved["train_images"] / saved["args"]["batch_size"])
-    epoch = saved["step"] // before
+    its_steps = math.ceil(saved["train_images"] / saved["args"]["batch_size"])
+    epoch = saved["step"] // its_steps
     # The best of this share alone: PBT compares what its members can do now, not what they once could.
     state.best, state.outputs, state.epoch = None, [], epoch
     state.step = state.validated = epoch * data.train.steps(args.batch_size)

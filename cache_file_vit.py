@@ -138,7 +138,7 @@ def open_cache(
         descriptor = os.open(file, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    pixels = CachedPixels(images, shape, file, descriptor)  # and closes it
+    pixels = CachedPixels(images, shape, file, descriptor)  # which closes the descriptor
     with contextlib.suppress(OSError):  # that it is in use, and when it was last
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         os.utime(descriptor)

@@ -45,15 +45,15 @@ def decode_folder(
 ) -> DecodedImages:
     """Decode every image once and, on "disk", keep the result in `cache_dir` for every later run.
 
-    The cache file belongs to the folder, its list of (path, size, modification time), the image size and
-    channels, and Pillow's version; where no image has colour, it holds one channel, which stands for all. (Two files that
-    change places and agree in both are not noticed; the time of change would tell, and would build it
-    again after every copy of the folder.) Of processes that need the same one at once, one builds it and
-    the others wait. While it is built it takes the space of all channels. Nothing is kept of files that
-    could be listed, but then not read. With a `limit` in bytes, files that no run has open make room, the
-    least recently used first. "memory" decodes into this process's own; "off" keeps nothing but what is
-    broken. Raises DataError on what cannot be read, if the cache folder cannot be written, or the disk,
-    the limit or the memory has no room.
+    The cache file belongs to the folder, its list of (path, size, modification time), the image size
+    and channels, and Pillow's version; where no image has colour, it holds one channel, which stands
+    for all. (Two files that swap names and agree in size and time are not noticed; the time of change
+    would tell, and would build it again after every copy of the folder.) Of processes that need the
+    same one at once, one builds it and the others wait. While it is built it takes the space of all
+    channels. Nothing is kept of files that could be listed, but then not read. With a `limit` in bytes,
+    files that no run has open make room, the least recently used first. "memory" decodes into this
+    process's own memory; "off" keeps nothing but what is broken. Raises DataError on what cannot be
+    read, if the cache folder cannot be written, or the disk, the limit or the memory has no room.
     """
     file, stats, problems = place_of(images, size, channels, cache_dir)
     shape = (len(images.names), channels, size, size)
@@ -241,13 +241,13 @@ def main(argv: list[str] | None = None) -> int:
         lines.append(line)
     if args.command == "clear" and not args.names:
         _remove_leftovers(args.cache_dir)
-    for line in lines:  # by now all is removed: whoever reads a part of it ends this process
+    for line in lines:  # all is removed by now: a reader that stops early, as head does, ends this
         print(line)
     return status
 
 
 def not_empty(name: str) -> str:
-    """An argparse type: an empty name, of a variable of the shell that is not set, would stand for all."""
+    """An argparse type: an empty name, of a variable that the shell does not know, would stand for all."""
     if not name:
         raise argparse.ArgumentTypeError("an empty name")
     return name

@@ -39,7 +39,7 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but errors are raised as UsageError and unknown options are told the nearest known one."""
+    """argparse, but errors are raised as UsageError; that for an unknown option names the nearest known one."""
 
     def error(self, message: str) -> None:
         raise UsageError(message)
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         return given
 
     def with_defaults(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """All parameters: those of a checkpoint, say, whose program did not have every option yet."""
+        """`parameters`, and the defaults of all others, which a checkpoint of an older version lacks, say."""
         defaults = {action.dest: action.default for action in self._actions}
         del defaults["help"]
         return defaults | parameters
@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         return UsageError(f"unknown parameter {name}{hint}; valid ones: {' '.join(valid)}")
 
     def given_by(self, source: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        """The same for a mapping, from YAML or NNI; `-` and `_` are the same in a name.
+        """What a mapping gives, from YAML or NNI; `-` and `_` are the same in a name.
 
         A nested choice of NNI, {"optimizer": {"_name": "sgd", "momentum": 0.9}}, gives both parameters.
         """
@@ -186,7 +186,7 @@ def what_still_holds(file: dict[str, Any], given: dict[str, Any]) -> dict[str, A
         # The demo's own would win over val/.
         if "download_dir" not in file and DEMO.items() <= file.items():
             void.add("val_split")
-    # What is in the file as it follows from others there follows from what they are now.
+    # A value that followed from others in the file follows from what these are now.
     followed = {
         "lr": (["optimizer"], LEARNING_RATE.get),
         "weight_decay": (["optimizer"], default_weight_decay),
@@ -236,7 +236,7 @@ def continue_given(parser: Parser, given: dict[str, Any]) -> dict[str, Any]:
         given["init_from"] = given["init_from"].absolute()
     if given.get("init_from") not in (None, saved.get("init_from")):
         raise UsageError("--resume continues a run and --init-from starts one: give one of them")
-    saved.pop("gpu", None)  # checkpoints of before 2026-11-26 have it
+    saved.pop("gpu", None)  # checkpoints from before 2026-11-26 have it
     known = parser.with_defaults(saved)
     changes = differences(known, known | given)
     if changes:
@@ -307,8 +307,8 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
         if name not in accepted and name in given:
             raise UsageError(f"{name} has no effect on arch {args.arch}: leave it out")
         if name in accepted and getattr(args, name) is None:
-            whole_heads = max(1, args.vt_dim // args.vt_heads)
-            setattr(args, name, whole_heads if name == "dim_head" else value)
+            width = max(1, args.vt_dim // args.vt_heads)
+            setattr(args, name, width if name == "dim_head" else value)
     if args.arch != "vit":
         check_model(args)
 
@@ -353,7 +353,7 @@ def model_sizes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Raises UsageError for sizes that an architecture of vit-pytorch asserts to be others."""
+    """Raises UsageError for sizes that an architecture of vit-pytorch does not take."""
     try:
         with torch.device("meta"):
             vit.build_model(args.arch, num_classes=2, depth=1, **model_sizes(args))

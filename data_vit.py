@@ -99,7 +99,7 @@ class Data:
         }
 
     def mismatch(self, saved: dict[str, Any]) -> str | None:
-        """What images a checkpoint is of, if not of these: of the same names, in the same splits."""
+        """None if a checkpoint is of these images, by names and splits, else what it is of."""
         own = self.identity()
         if saved["classes"] != own["classes"]:
             return "other classes than the data"
@@ -112,7 +112,7 @@ class Data:
 
 
 def fingerprint(images: ImageFolder, rows: list[int]) -> str:
-    """Tells the images `rows` from others, by their names, which begin with their class."""
+    """A hash of the names of the images `rows`, which begin with their class."""
     names = "\0".join(images.names[row] for row in rows)
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
@@ -261,7 +261,7 @@ def keep_on_device(data: Data, device: torch.device, free: int) -> Data:
     try:
         resident = {key: Resident(pixels, device) for key, pixels in parts.items()}
     except torch.OutOfMemoryError:  # trials that start together count on the same free memory
-        torch.cuda.empty_cache()  # they need it
+        torch.cuda.empty_cache()  # the others need it
         return data
     train, val = (replace(s, pixels=resident[id(s.pixels)]) for s in (data.train, data.val))
     return replace(data, train=train, val=val)
@@ -317,8 +317,8 @@ def read_ahead(
 ) -> Iterator[tuple[np.ndarray, Fetched]]:
     """Each of `parts` with its images, which are read while the one before it is computed.
 
-    A thread reads them for a GPU, or decodes them; where the CPU computes, it would take time from the
-    threads that do, and the kernel reads alone. It is told of each part one earlier.
+    For a GPU, or to decode, a thread does it. Where the CPU computes, a thread would take its time: there the
+    kernel alone reads ahead, told of each part one earlier.
     """
 
     def read(positions: np.ndarray, after: np.ndarray | None) -> Fetched:
@@ -352,7 +352,7 @@ def share_of(count: int, rank: int, ranks: int) -> slice:
 def batches(
     split: Split, batch_size: int, device: torch.device, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-    """Batches of the split as it lies, or `rank`'s part of every batch, which may be empty.
+    """Batches of the split in its order, or `rank`'s part of every batch, which may be empty.
 
     Yields images float32 (batch, channels, size, size) in [-1, 1] and targets (batch,), both on
     `device`, and the positions (batch,).

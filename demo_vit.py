@@ -14,7 +14,7 @@ DEMO_FOLDER = Path("dataset/digits")
 
 
 def make_digits(folder: Path = DEMO_FOLDER) -> Path:
-    """The demo: the 1,797 handwritten digits (8x8, UCI) of scikit-learn as an image folder, 80 % in train/.
+    """Write the 1,797 handwritten digits (8x8, UCI) of scikit-learn as an image folder, 80 % in train/.
 
     Written once; processes that start together write each its own copy, and one becomes `folder`.
     """

@@ -107,7 +107,10 @@ def broadcast(*tensors: Tensor) -> None:
 
 
 def from_rank_0(function: Callable[[], Result]) -> Result:
-    """What `function` returns on rank 0, the only one to call it; its ValueError on all."""
+    """What `function` returns on rank 0, the only one to call it; a ValueError of it is raised on all.
+
+    Raises RankLost.
+    """
     if world_size() == 1:
         return function()
     answer: list[Any] = [None, None]
@@ -124,7 +127,10 @@ def from_rank_0(function: Callable[[], Result]) -> Result:
 
 
 def together(function: Callable[[], Result]) -> Result:
-    """What `function` returns here, once all processes are done with it; the first ValueError on all."""
+    """What `function` returns here, once all processes are done with it; the first ValueError is raised on all.
+
+    Raises RankLost.
+    """
     if world_size() == 1:
         return function()
     result, error = None, None

@@ -112,7 +112,7 @@ def most_common(kinds: Counter) -> str:
 
 
 def is_folder(path: Path) -> bool:
-    """Raises DataError for a link to nowhere: the class or split that it stands for would be missed."""
+    """Whether it is a folder. Raises DataError for a link to nowhere, whose class or split would be missed."""
     if path.is_symlink() and not path.exists():
         raise DataError(f"{path} is a link to nowhere ({os.readlink(path)}); repair or remove it")
     return path.is_dir()
@@ -165,7 +165,7 @@ def size_time_problem(path: str) -> tuple[int, int, str]:
 
 
 def check_classes(images: ImageFolder, broken: dict[int, str]) -> None:
-    """Raises DataError if of a class all images are `broken`: why, by index."""
+    """Raises DataError if all images of a class are `broken` (index: why)."""
     left = np.bincount(np.delete(images.targets, list(broken)), minlength=len(images.classes))
     for number in np.flatnonzero(left == 0):
         first = next(i for i in sorted(broken) if images.targets[i] == number)

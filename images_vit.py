@@ -232,7 +232,7 @@ class DecodedImages:
 
     pixels: Pixels | np.ndarray  # (images, channels, size, size) or (images, 1, ...)
     broken: dict[int, str]  # index -> why it could not be decoded
-    brightest: int  # pixel of all, of 255
+    brightest: int  # pixel's value, of 255
     file: Path | None  # of the cache on disk
     built: bool  # by this process, just now
 
@@ -250,9 +250,9 @@ def decode_here(
     pixels = np.zeros(shape, np.uint8)
     broken, grey, brightest = decode_all(images, shape, workers, problems, pixels.__setitem__)
     if grey.all() and shape[1] > 1:
-        close_ranks = pixels.reshape(-1, 1, *shape[2:])
+        packed = pixels.reshape(-1, 1, *shape[2:])
         for row in range(shape[0]):
-            close_ranks[row] = pixels[row, :1]  # never over a row that is still to come
-        del close_ranks
+            packed[row] = pixels[row, :1]  # never over a row that is still to be read
+        del packed
         pixels.resize(one_channel, refcheck=False)  # gives the rest back
     return DecodedImages(pixels, broken, brightest, None, True)

@@ -1,4 +1,4 @@
-"""What this process may use of the machine, cores and memory, which is less than there are in a container."""
+"""What this process may use of the machine, cores and memory: in a container less than there is."""
 
 import ctypes
 import math
@@ -15,17 +15,17 @@ def usable_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
     return max(1, int(min([len(os.sched_getaffinity(0)), *quotas])))
 
 
-def default_threads(cores: int, torchs: int, concurrency: int, given: bool) -> int:
-    """This trial's share of the cores, of which torch counts only the physical ones.
+def default_threads(cores: int, physical: int, concurrency: int, given: bool) -> int:
+    """This trial's share of the `cores`; `physical` is torch's count of them.
 
-    Where OMP_NUM_THREADS was `given`, which torch's number then is, it limits each trial by itself.
+    Where OMP_NUM_THREADS was `given`, which torch takes for its count, it is what each trial may have.
     """
-    share = min(torchs, cores // concurrency) if given else min(torchs, cores) // concurrency
+    share = min(physical, cores // concurrency) if given else min(physical, cores) // concurrency
     return max(1, share)
 
 
 def available_memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
-    """Bytes that this process can take without swapping, or its cgroup's end for want of memory."""
+    """Bytes that this process can take before the machine swaps or its cgroup runs out of memory."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     rooms = map(_free_memory, limiting("memory", cgroups, membership))

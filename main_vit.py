@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             if len(command_line) > 1:
                 raise UsageError("--check takes no other options: they belong into trialCommand")
             return check_vit.check(command_line["check"], parser)
-        # Parameters are asked for before anything that can fail or takes long.
+        # NNI is asked for parameters before anything that can fail or take long.
         trial = nni_vit.Trial() if command_line.get("request_from_nni") and leads else None
         if trial and trial.inside and distributed_vit.world_size() > 1:
             nni_vit.end_with_grandparent()
@@ -72,9 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         log.handlers = [logging.StreamHandler(sys.stdout) if leads else logging.NullHandler()]
         log.handlers[0].setFormatter(OneLine())
         log.propagate = False
-        logging.raiseExceptions = False  # a full disk behind stdout, or a closed pipe, is no news
+        logging.raiseExceptions = False  # a full disk behind stdout, or a closed pipe
         log.setLevel(logging.INFO)
-        logging.getLogger("matplotlib").setLevel(logging.WARNING)  # NNI shows every library's
+        logging.getLogger("matplotlib").setLevel(logging.WARNING)  # NNI logs every library's
         with ExitStack() as until_end:
             main_worker(args, trial, until_end)
         distributed_vit.end()
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         text = f"{error}; what was saved before is whole"
         complain(text, alone=isinstance(error, OutOfMemory))
         return 1
-    except RuntimeError as error:  # beside the steps, which take a batch in pieces
+    except RuntimeError as error:  # outside of the steps, which take a batch in pieces
         if not step_vit.out_of_memory(error):
             raise
         remedy = "a smaller --batch-size or model takes less"
@@ -108,14 +108,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class OneLine(logging.Formatter):
-    """Names of folders and classes can hold anything."""
+    """One printable line a record: names of folders and classes can hold anything."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 def complain(text: str, alone: bool = False) -> None:
-    """Print an error: what every rank raises rank 0 prints, what one knows `alone` that one."""
+    """Print an error: rank 0 prints what every rank raises, a rank that `alone` knows of it its own."""
     if alone or distributed_vit.rank() == 0:
         print(f"main_vit.py: {text}", file=sys.stderr, flush=True)
     if not alone:
@@ -127,12 +127,12 @@ def main_worker(
 ) -> None:
     """One run, from the images to results.json.
 
-    Of several processes all compute the same, and rank 0 alone writes, logs and reports. The run's
-    folder is its own `until_end`.
+    Of several processes all compute the same, and rank 0 alone writes, logs and reports. No other
+    process writes to the run's folder `until_end`.
     """
     args, device, output, data, state = setup_vit.set_up(args, trial, until_end)
     until_end.enter_context(utils_vit.full_disk_of(output))
-    # From here on: an assessor may end a trial that was resumed while its curve is told again.
+    # From here on: an assessor may end a resumed trial while its curve is still being told again.
     signals = StopSignals()
     leads = distributed_vit.rank() == 0
     parameters = saved_parameters(args)
@@ -141,12 +141,12 @@ def main_worker(
 
     steps_per_epoch = data.train.steps(args.batch_size)
     last_epoch = args.stop_epoch or args.epochs
-    total_steps, limit = last_step(args, steps_per_epoch)
+    total_steps, option = last_step(args, steps_per_epoch)
     if trial:
         trial.link_tensorboard()
     finished = distributed_vit.from_rank_0(lambda: report_vit.has_results(output, state.step))
     if finished and state.is_done(total_steps):
-        log.info(f"this run is finished: {output}/results.json; {limit} makes it longer")
+        log.info(f"this run is finished: {output}/results.json; {option} makes it longer")
         if trial:
             trial.finish(report_vit.final_metrics(args, state.best, output))
         return
@@ -157,7 +157,7 @@ def main_worker(
         done = state.is_done(total_steps)
         recorder = report_vit.Recorder(output, state.step if done else whole_epochs)
         if trial:
-            # One of PBT starts within a training, with another trial's epochs or none.
+            # One of PBT starts in the middle of a training, after another trial's epochs or none.
             under_way = state.epoch_under_way(steps_per_epoch) + 1
             lines = {
                 line["epoch"]: report_vit.nni_metrics(line, args.metric) for line in recorder.lines
@@ -297,7 +297,7 @@ def train(
         batch_size = min(args.batch_size, len(split) - position)
         state.outputs.append(step_vit.training_step(state, images, targets, args, soft, batch_size))
         images_seen += batch_size
-        # To look at the loss is to wait for the GPU, so it is done once in a while there.
+        # To look at the loss is to wait for the GPU, so there it is done every 50 steps only.
         if (device.type == "cpu" or state.step % 50 == 0) and not state.outputs[-1][0].isfinite():
             break
         after_step()
@@ -382,7 +382,7 @@ def results_of(
             lambda: utils_vit.selected_weights(utils_vit.load_checkpoint(best))
         )
     )
-    _, *outputs = validate(state, data.val, args, device, after_batch)
+    _, *held_out = validate(state, data.val, args, device, after_batch)
     test = None
     if data.test:
         metrics, probabilities, targets = validate(state, data.test, args, device, after_batch)
@@ -391,7 +391,7 @@ def results_of(
         "metric": args.metric,
         "best_epoch": state.best["epoch"],
         "validation": {k.removeprefix("val_"): v for k, v in state.best.items() if k[:4] == "val_"},
-        "validation_confusion_matrix": report_vit.confusion_matrix(*outputs).tolist(),
+        "validation_confusion_matrix": report_vit.confusion_matrix(*held_out).tolist(),
         "test": test,
         "classes": data.classes,
         "images": {"train": len(data.train), "val": len(data.val), "test": len(data.test or ())},

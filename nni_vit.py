@@ -129,7 +129,9 @@ class Trial:
             params = self._rest("experiment")["params"]
             return max(1, min(params["trialConcurrency"], params.get("maxTrialNumber", math.inf)))
         except (TypeError, KeyError):
-            log.warning("NNI does not say how many trials share the cores; --threads does.")
+            log.warning(
+                "NNI does not say how many trials share the cores: this one takes all, --threads limits it."
+            )
             return 1
 
     def _told(self) -> set[int] | None:

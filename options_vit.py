@@ -28,7 +28,7 @@ def make_parser() -> Parser:
     add("--randaugment", type=number(float, 0, 10), metavar="MAGNITUDE", default=0.0, help="RandAugment in training: two random operations of this magnitude, up to 10; 0 for none (default: %(default)s)")
     add("--erase", type=share, metavar="PROBABILITY", default=0.0, help="of a random rectangle of a training image being erased (default: %(default)s)")
     add("--mixup", type=number(float, 0, 100), metavar="ALPHA", default=0.0, help="blend training images and their targets in pairs, by shares from Beta(ALPHA, ALPHA); 0 for none (default: %(default)s)")
-    add("--cutmix", type=number(float, 0, 100), metavar="ALPHA", default=0.0, help="the same by a box of the other image; with --mixup each image takes one of both (default: %(default)s)")
+    add("--cutmix", type=number(float, 0, 100), metavar="ALPHA", default=0.0, help="the same by a box of the other image; with --mixup each image takes one of the two (default: %(default)s)")
     add("--skip-broken", action="store_true", help="leave out images that cannot be decoded, instead of ending")
     add("--cache-dir", type=expanded_path, metavar="DIR", help="where decoded images are kept for later runs (default: ~/.cache/vit-nni)")
     add("--cache", choices=cache_vit.MODES, default="disk", help="keep decoded images on disk, for all runs, or in memory, for this one, or decode them in every epoch (default: %(default)s)")

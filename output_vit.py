@@ -23,7 +23,8 @@ def output_folder(
     """The folder that this run alone writes to, and no other process `until_end`.
 
     A run that it holds goes on, where that is wanted, and keeps its own of the parameters that are
-    `undecided`. Raises UsageError if the folder cannot be written, is in use, or holds another run.
+    `undecided`: sets args.resume and those. Raises UsageError if the folder cannot be written, is in use,
+    or holds another run.
     """
     in_nni = trial is not None and trial.inside
     if in_nni:
@@ -94,12 +95,12 @@ def output_folder(
 
 
 def hold_new_folder(folder: Path, until_end: ExitStack) -> Path:
-    """Hold `folder`, or with a number behind its name, `until_end`: the first that was not there.
+    """Hold, `until_end`, the first of `folder`, `folder`-2, `folder`-3, ... that was not there.
 
     Raises OSError if it cannot be written.
     """
     name, number = folder.name, 1
-    while True:  # a loop of the shell starts several in a second
+    while True:  # a loop of the shell may start several in a second
         try:
             until_end.enter_context(hold_folder(folder, 0, new=True))
             return folder

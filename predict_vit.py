@@ -188,7 +188,7 @@ def print_predictions(classifier: Classifier, images: ImageFolder) -> int:
 
 
 def csv_line(cells: list[Any]) -> str:
-    """One line of CSV, without its end, which csv would make that of Windows or not quote others for."""
+    """One line of CSV without its end: csv's is that of Windows, and given another it would not quote cells with it."""
     line = io.StringIO()
     csv.writer(line).writerow(cells)
     return line.getvalue().removesuffix("\r\n")

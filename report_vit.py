@@ -255,7 +255,7 @@ class Recorder:
         from PIL import Image
 
         draw_metrics(self.lines, results["best_epoch"], self.folder / "metrics.png")
-        # Those of PBT do not begin with 1; there are none where only checkpoints were copied here.
+        # Epochs of PBT do not begin with 1; there are none where only checkpoints were copied here.
         events = self._events(max((line["epoch"] for line in self.lines), default=0) + 1)
         matrices = {"validation": results["validation_confusion_matrix"]}
         if results["test"] is not None:

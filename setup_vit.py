@@ -33,8 +33,8 @@ def set_up(
     args: argparse.Namespace, trial: nni_vit.Trial | None, until_end: ExitStack
 ) -> tuple[argparse.Namespace, torch.device, Path, data_vit.Data, TrainingState]:
     """All that training needs; the parameters come back complete, and the same on all ranks."""
-    by_itself = {"precision": "auto", "threads": None}
-    undecided = {name for name, value in by_itself.items() if getattr(args, name) == value}
+    decided_here = {"precision": "auto", "threads": None}
+    undecided = {name for name, value in decided_here.items() if getattr(args, name) == value}
     concurrency = distributed_vit.from_rank_0(lambda: trial.concurrency() if trial else 1)
     device = distributed_vit.together(lambda: choose_device(args, trial, concurrency))
     output, args = distributed_vit.from_rank_0(
@@ -64,7 +64,7 @@ def set_up(
         notes += budget_vit.continue_member(state, args, data)
     if args.init_from and not state.step:
         notes += start_from(state, args, data)
-    if not computes_in(args.precision, device):  # a run of another machine, say
+    if not computes_in(args.precision, device):  # a run from another machine, say
         remedy = "" if args.resume else ": --precision float32"  # which a resume would refuse
         notes.append(f"{args.precision} is slow here, without instructions for it{remedy}")
     # Whichever process was first on its machine has decoded the images, and says so.
@@ -89,7 +89,7 @@ def choose_device(
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # It would fill memory that is not read before it is written.
+        # Else torch would fill new memory, which is always written before it is read.
         torch.utils.deterministic.fill_uninitialized_memory = False
     gpu = choose_gpu(args, trial)
     if gpu is None:
@@ -124,14 +124,14 @@ def choose_gpu(args: argparse.Namespace, trial: nni_vit.Trial | None) -> int | N
 
 def start_gpu(device: torch.device, deterministic: bool = False) -> None:
     """Make it the GPU of this process. Raises UsageError if torch cannot compute on it."""
-    # cuDNN's attention, which torch prefers on recent GPUs, plans every new shape for a part of a second.
+    # cuDNN's attention, which torch prefers on recent GPUs, takes a part of a second to plan each new shape.
     # The others, with warn_only, would only warn that their backward is not deterministic.
     for kernel in ("cudnn", "flash", "mem_efficient") if deterministic else ("cudnn",):
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(False)
     try:
         torch.cuda.set_device(device)
         torch.zeros(1, device=device).add_(1).item()
-    except RuntimeError as error:  # too old for this torch, or kept by a process for itself
+    except RuntimeError as error:  # too old for this torch, or held by another process alone
         if step_vit.out_of_memory(error):
             raise
         reason = str(error).splitlines()[0]
@@ -175,7 +175,10 @@ def computes_in(precision: str, device: torch.device) -> bool:
 
 
 def open_data(args: argparse.Namespace, concurrency: int = 1) -> data_vit.Data:
-    """The images of --download-dir, or the demo, on the GPU that was chosen if they fit."""
+    """The images of --download-dir, or the demo, on the GPU that was chosen if they fit; sets args.num_classes.
+
+    Raises DataError, and UsageError where --metric auc lacks a class in validation.
+    """
     data = data_vit.open_data(
         args.download_dir or demo_vit.make_digits(),
         num_classes=args.num_classes,
@@ -269,7 +272,7 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
                 f"{file.name} is of an earlier moment than {last}, which would be lost: --resume that, or "
                 f"start a new run by --init-from {file}"
             )
-    if saved["best"]:  # better now than at the end
+    if saved["best"]:  # better found out now than at the end
         file_of_best = file.with_name(utils_vit.BEST)
         try:
             best = utils_vit.load_checkpoint(file_of_best)
@@ -308,7 +311,7 @@ def start_from(state: TrainingState, args: argparse.Namespace, data: data_vit.Da
         changes = vit.load_pretrained(state.model, weights, saved_classes == data.classes)
     except ValueError as error:
         raise CheckpointError(
-            f"--init-from: {error}: give the model parameters that it was trained with, as --config "
+            f"--init-from: {error}: give the parameters that its model was trained with, as --config "
             f"{file.with_name('args.yaml')} does"
         ) from None
     if state.ema:

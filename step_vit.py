@@ -16,8 +16,8 @@ from data_vit import share_of
 from stop_vit import OutOfMemory, RunFailed
 from utils_vit import TrainingState
 
-# As CUDA itself, its libraries (cuBLAS on a full GPU in both ways) and the allocator of host memory say it;
-# torch's on a GPU has an error of its own.
+# How CUDA, its libraries (cuBLAS on a full GPU either way) and the allocator of host memory say it; torch's
+# allocator on a GPU has an exception of its own.
 OUT_OF_MEMORY = (
     *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
     *("CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator"),
@@ -44,21 +44,21 @@ def make_optimizer(
     ]
     match name:
         case "adam":
-            return light(torch.optim.Adam)(groups, lr, fused=True)
+            return without_compiler(torch.optim.Adam)(groups, lr, fused=True)
         case "adamw":
-            return light(torch.optim.AdamW)(groups, lr, fused=True)
+            return without_compiler(torch.optim.AdamW)(groups, lr, fused=True)
         case "sgd":
-            sgd = light(torch.optim.SGD)(groups, lr, momentum=momentum, fused=True)
-            # After a first step that the scaler skips its fused kernel would go on from a momentum
-            # that was never written (torch to 2.14 at least): the scaler shall not ask the kernel.
+            sgd = without_compiler(torch.optim.SGD)(groups, lr, momentum=momentum, fused=True)
+            # If the scaler skips the first step, the fused kernel goes on from a momentum that was
+            # never written (torch to 2.14 at least): it must not be the kernel that skips.
             sgd._step_supports_amp_scaling = False
             return sgd
         case "rmsprop":
-            return light(torch.optim.RMSprop)(groups, lr, momentum=momentum)
+            return without_compiler(torch.optim.RMSprop)(groups, lr, momentum=momentum)
     raise ValueError(f"optimizer '{name}' is not adam, adamw, sgd or rmsprop")
 
 
-def light(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """`kind` without its ties to torch.compile, whose import takes a second of every run."""
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
@@ -78,7 +78,7 @@ def training_step(
 
     The loss is against `targets` (batch,) or, where given, the probabilities `soft` (batch, classes).
     Of several processes each gives its part of the batch, `batch_size` is that of all parts, and what
-    is returned is of all of them. A batch for which the GPU has not enough memory is taken in more and
+    is returned is of all of them. A batch for which the GPU does not have enough memory is taken in more and
     more pieces, with the same gradient: each process for itself, before any waits for another. Raises
     OutOfMemory if a single image or the optimizer is too much, and RankLost.
     """
@@ -154,7 +154,8 @@ def gradient(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the mean loss, added up over `state.pieces`; returns loss and predicted classes of this part.
 
-    In float16 it is as many times as large as `state.scaler` says. `targets` are numbers (batch,) or probabilities (batch, classes).
+    In float16 it is as many times as large as `state.scaler` says. `targets` are numbers (batch,) or
+    probabilities (batch, classes).
     """
     ranks, rank = distributed_vit.world_size(), distributed_vit.rank()
     position = ("step", state.step, rank) if ranks > 1 else ("step", state.step)
@@ -196,14 +197,14 @@ def of_all_ranks(
     """
     parameters = [p for p in parameters if p.grad is not None]
     own = share_of(batch_size, distributed_vit.rank(), distributed_vit.world_size())
-    numbers = loss.new_zeros(2, batch_size)  # of classes: whole up to 2^24
+    numbers = loss.new_zeros(2, batch_size)  # class numbers, exact up to 2^24
     numbers[:, own] = torch.stack([predicted, targets]).to(loss.dtype)
     gradients = [p.grad for p in parameters]
     *gradients, loss, numbers = distributed_vit.all_reduce_sum(*gradients, loss, numbers)
     for parameter, total in zip(parameters, gradients, strict=True):
         parameter.grad = total
     predicted, targets = numbers.long()
-    return loss.clone(), predicted, targets  # the loss is a part of the whole message
+    return loss.clone(), predicted, targets  # a view would keep the whole message
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
@@ -215,7 +216,7 @@ def seed_dropout(device: torch.device, seed: int) -> None:
 
 
 def check_finite(state: TrainingState) -> None:
-    """Raises RunFailed if a loss of this epoch is not finite, or what the last step made of the weights."""
+    """Raises RunFailed if a loss of this epoch, or a weight after its last step, is not finite."""
     finite = torch.stack([loss for loss, _, _ in state.outputs]).isfinite()
     if not torch.stack([weight.isfinite().all() for weight in state.parameters]).all():
         finite[-1] = False

@@ -24,7 +24,7 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.received = 0  # its number
+        self.received = 0  # number of the last signal, 0 for none
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
                 signal.signal(signum, self._note)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 CHECKPOINT_FORMAT = 1
-# What each has, of whatever version.
-KINDS = {
+# Keys of a checkpoint of any version, and their types.
+CHECKPOINT_KEYS = {
     "model": dict, "ema": dict | None, "optimizer": dict, "outputs": dict | list, "best": dict | None,
     "epoch": int, "step": int, "validated": int, "args": dict, "classes": list,
 }  # fmt: skip
@@ -30,9 +30,9 @@ LAST, PREVIOUS, BEST = "checkpoint.pth.tar", "previous.pth.tar", "model_best.pth
 
 
 def usable_gpus() -> int:
-    """The number of CUDA devices; torch.cuda.device_count has those, too, whose driver is too old for it.
+    """The number of CUDA devices; torch.cuda.device_count also counts those whose driver is too old for it.
 
-    Of GPUs in MIG mode that counts the cards, of whose slices CUDA takes one.
+    Of GPUs in MIG mode that counts the cards; CUDA takes one slice.
     """
     return torch._C._cuda_getDeviceCount() if torch.cuda.is_available() else 0
 
@@ -102,7 +102,7 @@ def json_object(text: bytes) -> dict[str, Any]:
 
 @contextmanager
 def full_disk_of(folder: Path) -> Iterator[None]:
-    """A full disk, of which the system names no file, is that of `folder`."""
+    """Names `folder` in the error of a full disk, for which the system names no file."""
     try:
         yield
     except OSError as error:
@@ -142,7 +142,7 @@ def load_checkpoint(filename: str | Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise foreign
-        if not all(isinstance(state[key], kind) for key, kind in KINDS.items()):
+        if not all(isinstance(state[key], kind) for key, kind in CHECKPOINT_KEYS.items()):
             raise foreign
         weights = [w for key in ("model", "ema") for w in (state.get(key) or {}).values()]
         if any(w.numel() * w.element_size() > w.untyped_storage().nbytes() for w in weights):
@@ -287,9 +287,11 @@ class TrainingState:
         device = self.parameters[0].device
         self.epoch, self.step, self.validated = state["epoch"], state["step"], state["validated"]
         self.best = state["best"]
-        if state.get("scaler"):  # not one of PBT that goes on from another's float32
+        if state.get("scaler"):  # empty under other precisions, which one of PBT may go on from
             self.scaler.load_state_dict(state["scaler"])
-        self.pieces = state.get("pieces", 1)  # in others the sums would be taken in another order
+        self.pieces = state.get(
+            "pieces", 1
+        )  # with another number, sums would be taken in another order
         self.outputs = [tuple(t.to(device) for t in step) for step in unpacked(state["outputs"])]
 
 
@@ -306,7 +308,7 @@ def packed(outputs: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
 def unpacked(
     outputs: dict[str, Tensor] | list[tuple[Tensor, Tensor, Tensor]],
 ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """What `packed` packed; of checkpoints of before 2026-11-26 a list with logits (batch, classes)."""
+    """What `packed` packed; of checkpoints from before 2026-11-26 a list with logits (batch, classes)."""
     if isinstance(outputs, list):
         return [(loss, logits.argmax(dim=1), targets) for loss, logits, targets in outputs]
     if not outputs:

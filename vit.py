@@ -119,8 +119,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         # times as long with it, in float32 the attention to few tokens up to 1.9 times.
         batch, scale = query.shape[:2], query.shape[-1] ** -0.5
         query, key, value = (t.flatten(0, 1) for t in (query, key, value))
-        none = query.new_zeros(1)
-        weights = torch.baddbmm(none, query, key.mT, beta=0, alpha=scale).softmax(dim=-1)
+        ignored = query.new_zeros(1)  # beta is 0
+        weights = torch.baddbmm(ignored, query, key.mT, beta=0, alpha=scale).softmax(dim=-1)
         return torch.bmm(F.dropout(weights, dropout), value).unflatten(0, batch)
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
 
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
     """`depth` blocks of attention and feed-forward with residuals, then a norm.
 
     (batch, tokens, dim) -> (batch, read, dim): `read` says how many of the first tokens are wanted, all
-    by default. Of the last block no others are computed.
+    by default. The last block computes no others.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ HEADS = {"head", "mlp_head", "linear_head", "to_pred"}  # ours and those of vit-
 
 
 def load_pretrained(model: nn.Module, weights: dict[str, Tensor], same_classes: bool) -> list[str]:
-    """Copy the weights of another run into `model`; returns a line for each that could not stay as it was.
+    """Copy the weights of another run into `model`; returns a line for each that was not copied as it was.
 
     For other classes the head stays fresh; for another image size the position embedding is resampled.
     Raises ValueError if any other weight is missing, left over or of another shape.

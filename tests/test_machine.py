@@ -96,16 +96,16 @@ print(machine_vit.usable_cores())
 
 
 @pytest.mark.parametrize(
-    ("cores", "torchs", "concurrency", "given", "expected"),
+    ("cores", "physical", "concurrency", "given", "expected"),
     [
         (2, 2, 1, False, 2), (2, 2, 2, False, 1), (2, 2, 8, False, 1), (16, 8, 2, False, 4),
         (4, 16, 2, False, 2), (8, 3, 2, True, 3), (8, 6, 2, True, 4), (1, 1, 2, True, 1),
     ],
 )  # fmt: skip
 def test_threads_of_a_trial(
-    cores: int, torchs: int, concurrency: int, given: bool, expected: int
+    cores: int, physical: int, concurrency: int, given: bool, expected: int
 ) -> None:
-    assert machine_vit.default_threads(cores, torchs, concurrency, given) == expected
+    assert machine_vit.default_threads(cores, physical, concurrency, given) == expected
 
 
 @pytest.mark.parametrize(
