@@ -1,6 +1,8 @@
 """Everything that knows NNI 3.0: what a trial is given, what it reports, and the quirks around it."""
 
 import ctypes
+import fcntl
+import itertools
 import json
 import logging
 import math
@@ -239,6 +241,21 @@ def end_with_grandparent() -> None:
         threading.Thread(target=wait, daemon=True).start()
 
 
-def trial_gpu(sequence_id: int, device_count: int) -> int:
-    """The GPU of a trial that sees several and was given none; concurrent trials get different ones."""
-    return sequence_id % device_count
+def least_used_gpu(folder: Path, first: int, gpus: int) -> int:
+    """Of `gpus`, from number `first` on, the one that the fewest trials in `folder` compute on, this one included.
+
+    Each holds a lock there until its process ends. By turns alone GPUs would be idle beside others with two
+    trials, since trials take different times and an assessor ends some.
+    """
+    for place in itertools.count():
+        for gpu in (number % gpus for number in range(first, first + gpus)):
+            try:
+                descriptor = os.open(
+                    folder / f".gpu{gpu}-{place}.lock", os.O_RDWR | os.O_CREAT, 0o666
+                )
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return gpu  # the descriptor stays open
+            except BlockingIOError:
+                os.close(descriptor)
+            except OSError:  # a file system without locks: by turns
+                return first % gpus

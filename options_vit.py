@@ -63,7 +63,7 @@ def make_parser() -> Parser:
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", default=0, help="of everything random (default: %(default)s)")
     add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="the 16-bit ones are mixed precision; auto takes it where the device gains from it (default: %(default)s)")
     add("--deterministic", action="store_true", help="on a GPU the algorithms that repeat to the bit, where torch has them; may be slower")
-    add("--gpu", type=number(int, 0), metavar="N", help="CUDA device (default: the first, under NNI each trial the next; the CPU where there is none)")
+    add("--gpu", type=number(int, 0), metavar="N", help="CUDA device (default: the first, under NNI the one with the fewest trials; the CPU where there is none)")
     add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads of the computation (default: the cores that this process may use, under NNI its share of them; OMP_NUM_THREADS, which torchrun sets to 1, limits it)")
     add("--metric", choices=tuple(report_vit.METRICS), default="accuracy", help="of validation: selects the best epoch, is NNI's default metric (default: %(default)s)")
 

@@ -119,7 +119,9 @@ def choose_gpu(args: argparse.Namespace, trial: nni_vit.Trial | None) -> int | N
         return args.gpu
     if ranks > 1:
         return distributed_vit.local_rank()
-    return nni_vit.trial_gpu(trial.sequence_id, gpus) if trial else 0
+    if trial is None or not trial.inside or gpus == 1:
+        return 0
+    return nni_vit.least_used_gpu(trial.output_dir.parent, trial.sequence_id, gpus)
 
 
 def start_gpu(device: torch.device, deterministic: bool = False) -> None:

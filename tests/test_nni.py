@@ -20,8 +20,9 @@ import requests
 from nni_tools import REPOSITORY, Experiment, experiment, free_port
 from test_survival import TINY
 
+import nni_vit
 from command_vit import hides_signals
-from nni_vit import Trial, finite, trial_gpu
+from nni_vit import Trial, finite
 
 SPACE = {"a": {"_type": "uniform", "_value": [0, 1]}}
 
@@ -439,7 +440,36 @@ assert trial.finish(metrics) and not trial.finish(metrics)
     assert json.loads((tmp_path / "output/nni.json").read_text())["parameters"] == {"a": 0.5}
 
 
-def test_trials_side_by_side_get_different_gpus() -> None:
-    """Sequence number modulo the number of devices."""
-    assert [trial_gpu(number, 4) for number in range(6)] == [0, 1, 2, 3, 0, 1]
+def test_a_trial_takes_the_gpu_that_the_fewest_compute_on(tmp_path: Path) -> None:
+    """One that was killed counts no more."""
+    code = "import pathlib, sys, nni_vit; first = int(sys.argv[1]); "
+    code += (
+        "print(nni_vit.least_used_gpu(pathlib.Path(sys.argv[2]), first, 3), flush=True); input()"
+    )
+    trials: list[subprocess.Popen[str]] = []
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+    def start(sequence_id: int) -> str:
+        command = [sys.executable, "-c", code, str(sequence_id), tmp_path]
+        trials.append(subprocess.Popen(command, cwd=REPOSITORY, **pipes))
+        return trials[-1].stdout.readline().strip()
+
+    try:
+        assert [start(number) for number in range(5)] == ["0", "1", "2", "0", "1"]
+        trials[1].kill()  # GPU 1 has one left, as 2 has, and 0 has two
+        trials[1].wait()
+        assert [start(number) for number in (9, 10)] == ["1", "2"]
+        trials[2].kill()
+        trials[6].kill()
+        for process in (trials[2], trials[6]):
+            process.wait()
+        assert start(12) == "2"
+    finally:
+        for process in trials:
+            process.kill()
+            process.communicate()
+
+
+def test_without_locks_trials_take_the_gpus_by_turns(tmp_path: Path) -> None:
+    assert [nni_vit.least_used_gpu(tmp_path / "none", n, 4) for n in range(6)] == [0, 1, 2, 3, 0, 1]
     assert Trial().sequence_id == 0
