@@ -104,6 +104,10 @@ def without_gpu(argv: list[str]) -> list[str]:
 # torchrun passes the signal on to the processes that it started.
 PYTHON = re.compile(r"""(^|[/"'])(python[\d.]*|torchrun)["']?$|\.py["']?$""")
 SHELL = re.compile(r"""(^|/)(ba|da|z|k)?sh$|\.sh["']?$""")
+BASH_C = re.compile(
+    r"""(\S*/)?bash (-\w+ )*-\w*c\w* ('(?P<single>[^']*)'|"(?P<double>(\\.|[^"\\])*)")(?!\S)""",
+    re.DOTALL,
+)
 TOKEN = re.compile(
     r"""(?P<redirection>&?\d*[<>]+(?!\()&?)|(?P<control>[;&|\n]+)|(?P<group>[()])"""
     r"""|(?P<word>([$<>]\(([^()]|\([^)]*\))*\)|\\.|'[^']*'|"(\\.|[^"\\])*"|[^\s;&|<>()\\'"])+)""",
@@ -117,21 +121,31 @@ def hides_signals(command: str) -> str | None:
     # the last command of a line if that stands plain, and for whatever is exec'ed.
     command = without_comments(command).replace("\\\n", " ").strip().rstrip(";")
     words: list[str] = []
+    places: list[int] = []  # of the words
     hiding = after_python = None
     for token in TOKEN.finditer(command):
         rest = command[token.start() :]
         if token["word"]:
             words.append(token[0])
+            places.append(token.start())
         elif token["control"] and token[0] not in ("|", "|&", "&"):  # ; && || newline
             if words[:1] == ["trap"]:  # bash stays, to run it at the end
                 return command
             if any(map(PYTHON.search, words)):
                 after_python = rest
-            words, hiding = [], None
+            words, places, hiding = [], [], None
         elif not token["redirection"] or "exec" not in words:
             hiding = hiding or rest
+    python = next((i for i, word in enumerate(words) if PYTHON.search(word)), len(words))
+    for i, word in enumerate(words[:python]):
+        if SHELL.search(word):
+            # With -c bash turns into its last command too; a sh, and whoever reads a file, stays.
+            if inner := BASH_C.match(" ".join(words[i:])):
+                text = inner["single"] or re.sub(r"\\(.)", r"\1", inner["double"] or "")
+                return hiding or hides_signals(text)
+            return hiding or command[places[i] :]
     program = next((word for word in words if "=" not in word), "")
     waits = program == "flock" and not {"-F", "--no-fork"} & set(words)
-    if waits or SHELL.search(program) or program in ("time", "eval", "!"):
+    if waits or program in ("time", "eval", "!"):
         hiding = hiding or command[command.rindex(program) :]
-    return hiding or (None if any(map(PYTHON.search, words)) else after_python)
+    return hiding or (None if python < len(words) else after_python)

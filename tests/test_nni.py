@@ -299,6 +299,15 @@ COMMANDS = {  # trialCommand: what keeps the signal from Python
     "cd . && bash run.sh": "bash run.sh",
     "bash run.sh": "bash run.sh",
     "./run.sh": "./run.sh",
+    "env A=1 bash run.sh": "bash run.sh",
+    ". ./run.sh": "./run.sh",
+    "exec bash run.sh": "bash run.sh",
+    'bash -c "python x.py"': None,
+    "exec /bin/bash -ec 'cd . && python x.py'": None,
+    'bash -c "python x.py; echo \\"done\\""': '; echo "done"',
+    'bash -c "exec python x.py > log" > log': "> log",
+    "sh -c 'python x.py; echo'": "sh -c 'python x.py; echo'",
+    'eval "python x.py"': 'eval "python x.py"',
 }
 
 
