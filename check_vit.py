@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import data_vit
 import utils_vit
 from budget_vit import PBT_MAY_CHANGE
 from check_tuner_vit import check_algorithm, is_batch, quiet
-from command_vit import hides_signals, known_arguments, trial_arguments, without_gpu
+from command_vit import hides_signals, known_arguments, no_program, trial_call, without_gpu
 from config_vit import Parser, UsageError, resolve
 from experiment_vit import Findings, load_experiment
 from folder_vit import DataError, in_one_line, not_decoded, printable, size_time_problem
@@ -62,8 +63,10 @@ def check(file: Path, parser: Parser) -> int:
     good: list[tuple[Sample, Any]] = []
     judged = found
     try:
-        folder, argv = trial_arguments(service.trial_command, Path(service.trial_code_directory))
-        argv, unclear = known_arguments(argv, parser)
+        call = trial_call(service.trial_command, Path(service.trial_code_directory))
+        folder, (argv, unclear) = call.folder, known_arguments(call.argv, parser)
+        if service.platform == "local":
+            found.errors += no_program(call)
         with quiet():
             given = parser.given(argv)
         if unclear:
@@ -196,9 +199,13 @@ def check_command(config: Any, given: dict[str, Any], parser: Parser, found: Fin
             "trialCommand lacks --request-from-nni: trials would not ask for values"
         )
     if hiding := hides_signals(service.trial_command):
+        script = re.match(r"\S*sh\b", hiding)
+        note = (
+            "unless exec starts it there" if script else "NNI keeps a log of every trial without it"
+        )
         found.warnings.append(
             f"trialCommand: {hiding!r} keeps NNI's signal from a trial that is stopped: it could "
-            "not save, and would go on running (NNI keeps a log of every trial without it)"
+            f"not save, and would go on running ({note})"
         )
     if service.platform != "local":
         return

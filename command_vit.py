@@ -4,20 +4,38 @@ import itertools
 import os
 import re
 import shlex
+import subprocess
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import NamedTuple
 
 from config_vit import Parser, UsageError
+from folder_vit import printable
 
 COMMENT = re.compile(r"""(?P<kept>'[^']*'|"(\\.|[^"\\])*"|\\.)|(?<![^\s;&|()])#[^\n]*""", re.DOTALL)
 REDIRECTION = re.compile(r"(?<!\S)(&|\d*)[<>]+&?\s*[^\s;|&]+")  # "> log", "2>&1"
 # What bash takes as it stands, and what it computes, but $NAME and ${NAME}; without and within "".
 WITHIN = r"\\.|`[^`]*`|\$\(([^()]|\([^)]*\))*\)|\$\{\w*[^\w}][^}]*\}|\$[\d@*#?!$-]"
 COMPUTED_WITHIN = re.compile(WITHIN, re.DOTALL)
-COMPUTED = re.compile(rf"""'[^']*'|"(?:\\.|[^"\\])*"|{WITHIN}""", re.DOTALL)
+FILES = r"[*?]|\[[^\]\s]+\]|\{[^{}\s]*(?:,|\.\.)[^{}\s]*\}"  # x*, [ab], {a,b}, {1..3}
+COMPUTED = re.compile(rf"""'[^']*'|"(?:\\.|[^"\\])*"|{WITHIN}|{FILES}""", re.DOTALL)
 # Set by bash itself, which this process does not have.
 OF_BASH = ("RANDOM", "SRANDOM", "SECONDS", "UID", "EUID", "PPID", "HOSTNAME", "OLDPWD")
 UNKNOWN, DOLLAR = "\ue000", "\ue001"  # in place of what only bash will know, and of a $ that stays
+# What may stand before a program, and commands that change nothing about which programs there are.
+AHEAD = re.compile(r"exec|command|time|[!{]|\w+\+?=.*", re.DOTALL)
+HARMLESS = {"cd", "echo", "export", "mkdir", "sleep", "ulimit"}
+
+
+class Call(NamedTuple):
+    """How a trialCommand runs main_vit.py: where, with what, and by which program, None if that cannot be told.
+
+    UNKNOWN is in the words that cannot be told from here, and a word by itself if that is the folder.
+    """
+
+    folder: Path
+    argv: list[str]
+    program: str | None
 
 
 def without_comments(command: str) -> str:
@@ -25,11 +43,8 @@ def without_comments(command: str) -> str:
     return COMMENT.sub(lambda match: match["kept"] or "", command)
 
 
-def trial_arguments(command: str, folder: Path) -> tuple[Path, list[str]]:
-    """Where a trialCommand runs main_vit.py, and with what. Raises UsageError if it does not.
-
-    UNKNOWN is in the words that cannot be told from here, and a word by itself if that is the folder.
-    """
+def trial_call(command: str, folder: Path) -> Call:
+    """What bash makes of a trialCommand in `folder`. Raises UsageError if it does not run main_vit.py."""
 
     def as_bash(match: re.Match[str]) -> str:
         text = match[0]
@@ -55,24 +70,53 @@ def trial_arguments(command: str, folder: Path) -> tuple[Path, list[str]]:
         words = [*lexer]
     except ValueError as error:
         raise UsageError(f"{error}: {command}") from None
-    now, unknown = folder, False
-    for _, group in itertools.groupby(words, lambda word: word != "" and set(word) <= set(";&|()")):
+    now, unknown, others = folder, False, False
+    certain = not re.search(r"\bPATH\b|\|\|", command)  # which program it will be
+    for separator, group in itertools.groupby(words, lambda w: w != "" and set(w) <= set(";&|()")):
+        if separator:
+            continue
         part = [filled_in(word) for word in group]
-        if part[0] == "cd" and len(part) == 2:
-            now = now / os.path.expanduser(part[1])
-        for i, word in enumerate(part):
-            script = "main_vit.py" if part[max(i - 1, 0) : i + 1] == ["-m", "main_vit"] else word
+        call = [*itertools.dropwhile(AHEAD.fullmatch, part)]
+        if call[:1] == ["cd"]:
+            target = [word for word in call[1:] if not re.fullmatch("-[LPe]+|--", word)] or ["~"]
+            now = now / (UNKNOWN if target[0] == "-" else os.path.expanduser(target[0]))
+        for i, word in enumerate(call):
+            if SHELL.search(word) or word == "eval":  # not looked into
+                unknown = True
+                break
+            script = "main_vit.py" if call[max(i - 1, 0) : i + 1] == ["-m", "main_vit"] else word
             if Path(script).name == "main_vit.py":
                 place = now / os.path.expanduser(script)
-                if UNKNOWN in str(place):
-                    return folder, [*part[i + 1 :], UNKNOWN]
-                if not os.path.isfile(place):
-                    raise UsageError(f"{place} does not exist")
-                return now, part[i + 1 :]
+                if UNKNOWN in f"{now}{place}":
+                    return Call(folder, [*call[i + 1 :], UNKNOWN], None)
+                for needed, found in ((now, now.is_dir()), (place, os.path.isfile(place))):
+                    if not found:
+                        raise UsageError(f"{needed} does not exist")
+                certain &= not call[0].startswith("-") and UNKNOWN not in "".join(call[:i])
+                program = os.path.expanduser(call[0]) if certain else None
+                return Call(now, call[i + 1 :], program)
             unknown |= UNKNOWN in word
-    if unknown and not any(word.endswith(".py") for word in words):
-        return folder, [UNKNOWN]
+            others |= word.endswith(".py") and UNKNOWN not in Path(word).name
+        certain &= not call or call[0] in HARMLESS
+    if unknown and not others:
+        return Call(folder, [UNKNOWN], None)
     raise UsageError(f"it does not run main_vit.py: {command}")
+
+
+def no_program(call: Call) -> list[str]:
+    """An error if bash finds no such program on this machine, with the PATH that `nnictl` would have here."""
+    if call.program is None:
+        return []
+    ask = ["/bin/bash", "-c", 'type -t -- "$0"', call.program]
+    try:
+        if subprocess.run(ask, cwd=call.folder, capture_output=True).returncode == 0:
+            return []
+    except ValueError:  # a null byte
+        pass
+    return [
+        f"trialCommand: bash finds no program {printable(call.program)}: give the one that is to run "
+        "main_vit.py, as python, or activate its environment first"
+    ]
 
 
 def known_arguments(argv: list[str], parser: Parser) -> tuple[list[str], set[str]]:

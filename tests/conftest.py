@@ -16,6 +16,8 @@ from typing import Any
 # What a CPU computes is compared to the bit. test_on_gpu.py gets the GPUs back, in pytest-xdist's workers too.
 os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# As in an activated environment: --check looks for the program of a trialCommand.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 import numpy as np
 import pytest

@@ -445,6 +445,8 @@ def test_patches_too_large_for_the_images(check) -> None:
         "cd $PWD/tests && cd ${PWD}/.. && " + COMMAND,
         f"""echo "it's $HOME" '$'; {COMMAND} --cache-dir "$HOME/it's" --arch 'vit'""",
         f"# it's a comment; exit\n{COMMAND} --cache-dir 'a # b' --cache-dir a#b # | tee 'x",
+        f"{COMMAND} --cache-dir 'a*' --cache-dir \"b?{{c,d}}\" --cache-dir \\[e]",
+        f"{{ cd -P tests && cd -- ..; }} && {COMMAND}",
     ],
 )
 def test_ways_to_run_the_trial(check, command: str) -> None:
@@ -471,6 +473,17 @@ def test_a_script_below_the_home_folder(check, home: Path) -> None:
         ("python main_vit.py $NNI_TRIAL_JOB_ID", "a part of it"),
         ("python $NNI_TRIAL_JOB_ID/main_vit.py", "a part of it"),
         ("exec $NNI_TRIAL_JOB_ID --epochs 3", "a part of it"),
+        (COMMAND + " --init-from /x/mod*.tar --cache-dir=/x/[ab]", "cache_dir, init_from"),
+        (COMMAND + " --download-dir /x/img? --lr 1e-{3,4}", "download_dir, lr"),
+        (COMMAND + " --seed {1..1}", "seed"),
+        ("python main_v*.py --request-from-nni", "a part of it"),
+        (f"cd - && {COMMAND}", "a part of it"),
+        (
+            f"cd $NNI_OUTPUT_DIR && python {REPOSITORY}/main_vit.py --request-from-nni",
+            "a part of it",
+        ),
+        (f'bash -c "{COMMAND}"', "a part of it"),
+        (f'bash -c "cd /x; python {REPOSITORY}/main_vit.py"', "a part of it"),
     ],
 )
 def test_what_only_bash_knows_is_a_warning(check, command: str, unclear: str) -> None:
@@ -498,6 +511,8 @@ def test_what_only_bash_knows_makes_no_error_of_what_follows_from_it(check) -> N
         ("python main_vit.py", "lacks --request-from-nni"),
         ("python main_ViT.py --request-from-nni", "does not run main_vit.py"),
         ("cd tests && " + COMMAND, "tests/main_vit.py does not exist"),
+        (f"cd nowhere && python {REPOSITORY}/main_vit.py", "nowhere does not exist"),
+        ("bash setup.sh && python main_ViT.py --request-from-nni", "does not run main_vit.py"),
         (COMMAND + " --epoch 3", "unknown parameter --epoch (did you mean --epochs?)"),
         (COMMAND + " --epochs 0", "0 is not at least 1"),
         (COMMAND + " --download-dir nowhere", "nowhere does not exist"),
@@ -524,6 +539,73 @@ def test_a_shell_that_keeps_signals(check, tail: str) -> None:
     assert result.status == 0
     (warning,) = findings(result, "warning")
     assert tail.split()[-1] in warning and "signal" in warning
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"sh -c '{COMMAND}'",
+        f'bash -c "{COMMAND}; echo"',
+        "bash run.sh",
+        "./run.sh",
+        f'eval "{COMMAND}"',
+    ],
+)
+def test_a_shell_within_is_not_looked_into_but_keeps_signals(check, command: str) -> None:
+    result = check(trialCommand=command)
+    assert (result.status, findings(result, "error")) == (0, [])
+    unclear, signals = findings(result, "warning")
+    assert "cannot be judged" in unclear and "keeps NNI's signal" in signals
+    assert ("unless exec starts it there" in signals) == command.startswith(
+        ("sh", "bash run", "./")
+    )
+
+
+def test_cd_alone_goes_to_the_home_folder(check, home: Path) -> None:
+    for command in (f"cd && {COMMAND}", f"cd --; {COMMAND}"):
+        (error,) = findings(check(trialCommand=command), "error")
+        assert error == f"trialCommand: {home}/main_vit.py does not exist"
+
+
+@pytest.mark.parametrize(
+    ("command", "program"),
+    [
+        ("pyton main_vit.py --request-from-nni", "pyton"),
+        ("A=1 exec /nowhere/python main_vit.py --request-from-nni", "/nowhere/python"),
+        ("main_vit.py --request-from-nni", "main_vit.py"),
+        ("cd tests && ../main_vit.py --request-from-nni", "../main_vit.py"),
+        ("export A=1; $NOT_SET_HERE main_vit.py --request-from-nni", "$NOT_SET_HERE"),
+        (f"{REPOSITORY} main_vit.py --request-from-nni", str(REPOSITORY)),
+        ("py\0thon main_vit.py --request-from-nni", r"py\x00thon"),
+    ],
+)
+def test_a_program_that_does_not_exist(check, command: str, program: str) -> None:
+    (error,) = findings(check(trialCommand=command), "error")
+    assert error.startswith(f"trialCommand: bash finds no program {program}: ")
+    machine = {"host": "worker", "user": "me", "password": "none"}
+    remote = {"platform": "remote", "machineList": [machine]}
+    far = check(trialCommand=command, trainingService=remote, nniManagerIp="10.0.0.1")
+    assert not findings(far, "error")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export PATH=/opt/vit/bin; pyton main_vit.py",
+        "source /opt/vit/activate && pyton main_vit.py",
+        "conda activate vit && pyton main_vit.py",
+        "command -v pyton && pyton main_vit.py || python3 main_vit.py",
+        "/opt/$NNI_TRIAL_JOB_ID/python main_vit.py",
+        "if true; then python main_vit.py; fi",
+        "time -p python main_vit.py",
+        "exec -a vit python main_vit.py",
+        "env A=1 nice python main_vit.py",
+        "../*/bin/python main_vit.py",
+    ],
+)
+def test_a_program_that_cannot_be_told_is_no_error(check, command: str) -> None:
+    command = command.replace("main_vit.py", "main_vit.py --request-from-nni")
+    assert not findings(check(trialCommand=command), "error")
 
 
 # --- GPUs ----------------------------------------------------------------------------------------
