@@ -1,19 +1,16 @@
 """`--check` of tuner and assessor: could NNI make them, would they search, and which way do they look?"""
 
-import contextlib
 import copy
 import importlib
 import inspect
-import io
-import logging.handlers
 import os
 import sys
-import warnings
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config_vit import Parser
+from experiment_vit import Findings, quiet
 from report_vit import METRICS
 from space_vit import Sample, one_line
 
@@ -35,23 +32,21 @@ SHALLOW = {
     "tpe": "tpe_tuner.Tpe",
     "gridsearch": "nni_tuners.GridSearch",
 }
+# Of assessors, by the name of their class: the argument that is the first epoch they judge.
+FIRST_JUDGED = {
+    "Halving": "first",
+    "MedianstopAssessor": "start_step",
+    "CurvefittingAssessor": "start_step",
+}
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[list[logging.LogRecord]]:
-    """Keeps NNI's log, prints and warnings from the report; yields the records of its log."""
-    memory, output = logging.handlers.BufferingHandler(10**6), io.StringIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import nni  # noqa: F401  # warns of pkg_resources, and sets up its log
+@dataclass
+class Made:
+    """A tuner or assessor as NNI would make it; None for an advisor that only NNI can make."""
 
-        logger = logging.getLogger("nni")
-        before, logger.handlers = logger.handlers, [memory]
-        try:
-            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                yield memory.buffer
-        finally:
-            logger.handlers = before
+    instance: Any
+    arguments: dict[str, Any]
+    added: Sample  # what trials get from it beside the search space
 
 
 def is_batch(tuner: Any) -> bool:
@@ -67,10 +62,10 @@ def check_algorithm(
     metric: str | None,
     parser: Parser,
     errors: list[str],
-) -> Sample:
+) -> Made | None:
     """Make the tuner or assessor as NNI would and ask it once; which way it looks, where a metric is known.
 
-    Returns what trials get from it beside the search space.
+    Returns None if it cannot be made.
     """
     name, path = config.name or config.class_name, sys.path[:]
     with quiet():
@@ -80,14 +75,14 @@ def check_algorithm(
             bound.apply_defaults()
             check_depth(config, space)
             if kind == "assessor":
-                ask_assessor(algorithm(**arguments))
-                added = {}
+                instance, added = algorithm(**arguments), {}
+                ask_assessor(instance)
             else:
-                added = added_parameters(config, algorithm, arguments, space)
+                instance, added = ask_tuner(config, algorithm, arguments, space)
             parser.given_by("it adds a parameter", added)
         except Exception as error:  # of any package that a tuner may be made with
             errors.append(f"{kind} {name}: {one_line(error)}")
-            return {}
+            return None
         finally:
             sys.path[:] = path
     mode = bound.arguments.get("optimize_mode", arguments.get("optimize_mode"))
@@ -100,7 +95,7 @@ def check_algorithm(
             f"{kind} {name} {said} {mode}: it would prefer the worst models by {metric}; "
             f"give classArgs: {{optimize_mode: {wanted}}}"
         )
-    return added
+    return Made(instance, bound.arguments, added)
 
 
 def algorithm_class(kind: str, config: Any) -> tuple[type, dict[str, Any]]:
@@ -147,23 +142,24 @@ def replaced(config: Any, class_name: str, reason: str) -> str:
     )
 
 
-def added_parameters(
+def ask_tuner(
     config: Any, algorithm: type, arguments: dict[str, Any], space: dict[str, Any]
-) -> Sample:
-    """What trials get from it beside the search space. Raises whatever it raises on the way."""
+) -> tuple[Any, Sample]:
+    """A tuner, and what trials get from it beside the search space. Raises whatever it raises on the way."""
     from nni.runtime.msg_dispatcher_base import MsgDispatcherBase
 
     if issubclass(algorithm, MsgDispatcherBase):  # can be made inside of NNI only, but for ours
         if not hasattr(algorithm, "largest_budget"):
-            return {"TRIAL_BUDGET": 1}
+            return None, {"TRIAL_BUDGET": 1}
         advisor = algorithm(**arguments)
         advisor.handle_update_search_space(copy.deepcopy(space))
-        return {"TRIAL_BUDGET": advisor.largest_budget}
+        return advisor, {"TRIAL_BUDGET": advisor.largest_budget}
     os.environ.setdefault("NNI_CHECKPOINT_DIRECTORY", "checkpoint")  # PBT asks for it
     instance = algorithm(**arguments)
     instance.update_search_space(copy.deepcopy(space))
     sample = instance.generate_parameters(0)
-    return {} if is_batch(config) else {k: v for k, v in sample.items() if k not in space}
+    added = {} if is_batch(config) else {k: v for k, v in sample.items() if k not in space}
+    return instance, added
 
 
 def ask_assessor(assessor: Any) -> None:
@@ -179,3 +175,23 @@ def ask_assessor(assessor: Any) -> None:
         if not isinstance(answer, bool | AssessResult):
             raise ValueError(f"assess_trial returns {answer!r}, not an AssessResult")
     assessor.trial_end("0", True)
+
+
+# --- does it do anything? --------------------------------------------------------------------------
+
+
+def check_assessor(config: Any, made: Made, epochs: set[int], found: Findings) -> None:
+    """Would the assessor judge trials of so many epochs, where these are known?"""
+    name, kind, arguments = config.name or config.class_name, type(made.instance), made.arguments
+    first = arguments.get(FIRST_JUDGED.get(kind.__name__, ""), 0)
+    if epochs and first >= max(epochs):
+        found.warnings.append(
+            f"assessor {name} judges no trial before epoch {first}, and trials have {max(epochs)}: it "
+            f"would end none; give a smaller {FIRST_JUDGED[kind.__name__]}"
+        )
+    if "epoch_num" in arguments and any(epoch != arguments["epoch_num"] for epoch in epochs):
+        found.warnings.append(
+            f"assessor {name}: epoch_num {arguments['epoch_num']} is not the "
+            f"{', '.join(map(str, sorted(epochs)))} epochs of the trials, whose last result it is to "
+            "foretell: give both the same"
+        )

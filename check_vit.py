@@ -13,10 +13,10 @@ import torch
 import data_vit
 import utils_vit
 from budget_vit import PBT_MAY_CHANGE
-from check_tuner_vit import check_algorithm, is_batch, quiet
+from check_tuner_vit import check_algorithm, check_assessor, is_batch
 from command_vit import hides_signals, known_arguments, no_program, trial_call, without_gpu
 from config_vit import Parser, UsageError, resolve
-from experiment_vit import Findings, load_experiment
+from experiment_vit import Findings, load_experiment, quiet
 from folder_vit import DataError, in_one_line, not_decoded, printable, size_time_problem
 from space_vit import (
     LIMIT,
@@ -61,7 +61,7 @@ def check(file: Path, parser: Parser) -> int:
 
     service, metric = config.training_service, "accuracy"
     good: list[tuple[Sample, Any]] = []
-    judged = found
+    judged, unclear = found, set()
     try:
         call = trial_call(service.trial_command, Path(service.trial_code_directory))
         folder, (argv, unclear) = call.folder, known_arguments(call.argv, parser)
@@ -95,14 +95,18 @@ def check(file: Path, parser: Parser) -> int:
         found.errors.append("trialCommand: --help ends every trial at once")
     added: Sample = {}
     if is_batch(tuner) or len(keys) == len(space):
-        added = check_algorithm("tuner", tuner, space, metric, parser, found.errors)
+        made = check_algorithm("tuner", tuner, space, metric, parser, found.errors)
+        if made:
+            added = made.added
         if added and not found.errors:
             with working_folder(folder):
                 check_added(
                     added, [sample for sample, _ in good], keys, parser, without_gpu(argv), judged
                 )
     if config.assessor:
-        check_algorithm("assessor", config.assessor, space, metric, parser, found.errors)
+        made = check_algorithm("assessor", config.assessor, space, metric, parser, found.errors)
+        if made and not unclear & {"", "config", "epochs"}:
+            check_assessor(config.assessor, made, {run.epochs for _, run in good}, found)
         if "TRIAL_BUDGET" in added:
             found.errors.append("assessor: NNI ignores one beside this tuner: leave it out")
         elif "load_checkpoint_dir" in added:

@@ -1,16 +1,19 @@
 """A config.yml as NNI reads it, and what NNI does not say of it."""
 
+import contextlib
 import difflib
+import io
 import json
-import logging
+import logging.handlers
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from check_tuner_vit import quiet
 from config_vit import UsageError, read_yaml
 from space_vit import one_line
 
@@ -21,6 +24,23 @@ class Findings:
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[list[logging.LogRecord]]:
+    """Keeps NNI's log, prints and warnings from the report; yields the records of its log."""
+    memory, output = logging.handlers.BufferingHandler(10**6), io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import nni  # noqa: F401  # warns of pkg_resources, and sets up its log
+
+        logger = logging.getLogger("nni")
+        before, logger.handlers = logger.handlers, [memory]
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                yield memory.buffer
+        finally:
+            logger.handlers = before
 
 
 def load_experiment(file: Path, found: Findings) -> Any:
@@ -92,7 +112,7 @@ def repeated_keys(file: Path) -> list[str]:
         nodes = [yaml.compose(file.read_text().replace("\t", " "), yaml.SafeLoader)]
     except yaml.YAMLError:  # JSON that is not YAML
         return []
-    warnings, seen = [], set()
+    repeated, seen = [], set()
     while nodes:
         node = nodes.pop()
         if id(node) in seen or not isinstance(node, yaml.CollectionNode):
@@ -103,12 +123,12 @@ def repeated_keys(file: Path) -> list[str]:
             continue
         nodes += [value for _, value in node.value]
         counts = Counter(str(key.value) for key, _ in node.value)
-        warnings += [
+        repeated += [
             f"{file.name} has {name} {count} times in one mapping: only the last one counts"
             for name, count in counts.items()
             if count > 1
         ]
-    return warnings
+    return repeated
 
 
 def check_json(folder: Path, name: Any) -> None:

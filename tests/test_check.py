@@ -17,6 +17,7 @@ import check_vit
 import utils_vit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+TUNERS = str(REPOSITORY / "tuners")
 COMMAND = "python main_vit.py --request-from-nni"
 
 
@@ -26,6 +27,11 @@ def choice(*values: Any) -> dict[str, Any]:
 
 def numbers(kind: str, *values: float) -> dict[str, Any]:
     return {"_type": kind, "_value": list(values)}
+
+
+def own_tuner(name: str, **arguments: Any) -> dict[str, Any]:
+    arguments = {"optimize_mode": "maximize", **arguments}
+    return {"className": name, "codeDirectory": TUNERS, "classArgs": arguments}
 
 
 # The experiment of original-readme.md; its file name differs from ours by case.
@@ -74,7 +80,7 @@ def check(tmp_path: Path, run_main: Callable[..., Any]) -> Callable[..., Any]:
                 "trialCodeDirectory": str(REPOSITORY),
                 "trialConcurrency": 1,
                 "searchSpace": {"lr": numbers("loguniform", 1e-4, 1e-2)},
-                "tuner": {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}},
+                "tuner": own_tuner("tpe_tuner.Tpe"),
                 "trainingService": {"platform": "local"},
             }
         content = {k: v for k, v in {**content, **changes}.items() if v is not None}
@@ -274,7 +280,7 @@ def test_large_spaces_are_sampled_and_messages_shortened(check) -> None:
 @pytest.mark.parametrize(("maximum", "expected"), [(9, []), (10, [True])])
 def test_more_trials_than_combinations(check, maximum: int, expected: list[bool]) -> None:
     space = {"vt_dim": choice(32, 48, 64, 64), "vt_depth": numbers("randint", 2, 5)}
-    result = check(searchSpace=space, maxTrialNumber=maximum)
+    result = check(searchSpace=space, maxTrialNumber=maximum, tuner={"name": "Random"})
     assert result.status == 0
     warnings = findings(result, "warning")
     assert ["maxTrialNumber 10 is more than the 9 distinct" in w for w in warnings] == expected
@@ -671,7 +677,6 @@ def test_more_trials_at_a_time_than_gpus_have_room_for(
 # --- tuner and assessor --------------------------------------------------------------------------
 
 WORST = "prefer the worst models"
-TUNERS = str(REPOSITORY / "tuners")
 
 
 @pytest.mark.parametrize(
@@ -755,6 +760,42 @@ def test_assessor(check, assessor: dict[str, Any], metric: str, message: str | N
     assert result.status == (2 if message else 0)
     errors = findings(result, "error")
     assert len(errors) == bool(message) and all(message in text for text in errors)
+
+
+CURVEFITTING, MEDIANSTOP = {"name": "curvefitting"}, {"name": "Medianstop"}
+
+
+@pytest.mark.parametrize(
+    ("assessor", "options", "messages"),
+    [
+        (CURVEFITTING, "", []),  # 20 is the default of both
+        (CURVEFITTING, "--epochs 30", ["epoch_num 20 is not the 30 epochs of the trials"]),
+        (CURVEFITTING, "--epochs $(nproc)", []),
+        (CURVEFITTING | {"classArgs": {"epoch_num": 6}}, "--epochs 6", ["before epoch 6"]),
+        (CURVEFITTING | {"classArgs": {"epoch_num": 7}}, "--epochs 7", []),
+        (MEDIANSTOP | {"classArgs": {"start_step": 5}}, "--epochs 5", ["before epoch 5"]),
+        (MEDIANSTOP | {"classArgs": {"start_step": 5}}, "--epochs 6", []),
+        (MEDIANSTOP | {"classArgs": {"start_step": 50}}, "--config $(cat x)", []),
+        (own_tuner("halving_assessor.Halving", first=9), "--epochs 4", ["before epoch 9"]),
+        (own_tuner("halving_assessor.Halving", first=3), "--epochs 4", []),
+    ],
+)
+def test_an_assessor_that_would_do_nothing(
+    check, assessor: dict[str, Any], options: str, messages: list[str]
+) -> None:
+    result = check(assessor=assessor, trialCommand=f"{COMMAND} {options}")
+    assert (result.status, findings(result, "error")) == (0, [])
+    found = [text for text in findings(result, "warning") if text.startswith("assessor")]
+    assert len(found) == len(messages)
+    assert all(message in text for message, text in zip(messages, found, strict=True))
+
+
+def test_trials_of_several_lengths_beside_an_assessor(check) -> None:
+    space = {"epochs": choice(10, 20)}
+    (warning,) = findings(check(assessor=CURVEFITTING, searchSpace=space), "warning")
+    assert "epoch_num 20 is not the 10, 20 epochs of the trials" in warning
+    longest = MEDIANSTOP | {"classArgs": {"start_step": 15}}
+    assert not findings(check(assessor=longest, searchSpace=space), "warning")
 
 
 @pytest.mark.parametrize("epochs", [(3, 9), (9, 3)])
