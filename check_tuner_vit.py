@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -134,11 +135,16 @@ def check_depth(config: Any, space: dict[str, Any]) -> None:
 
 def replaced(config: Any, class_name: str, reason: str) -> str:
     """What to write for a tuner of NNI that does not run."""
+    return f"NNI 3.0's own does not work: {reason}; {instead_of(config, class_name)}"
+
+
+def instead_of(config: Any, class_name: str) -> str:
+    """What to write to get one of ours."""
     tuners = os.path.realpath(Path(__file__).parent / "tuners")
     folder = os.path.relpath(tuners, os.path.realpath(config._base_path))
     return (
-        f"NNI 3.0's own does not work: {reason}; in place of its name give "
-        f"codeDirectory: {folder} (from where the file is) and className: {class_name}"
+        f"in place of its name give codeDirectory: {folder} (from where the file is) and "
+        f"className: {class_name}"
     )
 
 
@@ -158,8 +164,19 @@ def ask_tuner(
     instance = algorithm(**arguments)
     instance.update_search_space(copy.deepcopy(space))
     sample = instance.generate_parameters(0)
+    check_startup(instance)
     added = {} if is_batch(config) else {k: v for k, v in sample.items() if k not in space}
     return instance, added
+
+
+def check_startup(tuner: Any) -> None:
+    """Raises ValueError for NNI's own TPE that ends where none of the first results is one of the worse ones."""
+    from nni.algorithms.hpo.tpe_tuner import TpeTuner
+
+    if isinstance(tuner, TpeTuner) and any(spec.categorical for spec in tuner.space.values()):
+        first, gamma = tuner.args.n_startup_jobs, tuner.args.gamma
+        if math.ceil(gamma * math.sqrt(first)) >= first:
+            raise ValueError(f"n_startup_jobs {first} is too few for gamma {gamma}: give more")
 
 
 def ask_assessor(assessor: Any) -> None:
@@ -178,6 +195,44 @@ def ask_assessor(assessor: Any) -> None:
 
 
 # --- does it do anything? --------------------------------------------------------------------------
+
+
+def check_tuner(config: Any, made: Made, found: Findings) -> None:
+    """Would the tuner learn in as many trials as there are, on the machines that there are?"""
+    maximum, platform = config.max_trial_number, config.training_service.platform
+    if "load_checkpoint_dir" in made.added:
+        members = made.arguments.get("population_size", 0)
+        if maximum and maximum < 2 * members:
+            found.warnings.append(
+                f"maxTrialNumber {maximum} is less than two steps of a population of {members}: no "
+                f"member would go on from a better one; give at least {2 * members}, or a smaller "
+                "population_size"
+            )
+        if platform != "local" and not made.arguments.get("all_checkpoint_dir", "unknown"):
+            found.errors.append(
+                f"PBT on {platform}: trials would start again where the checkpoint they go on from is "
+                "on another machine; give classArgs: {all_checkpoint_dir: a folder that all share}"
+            )
+    from nni.algorithms.hpo.tpe_tuner import TpeTuner
+
+    if isinstance(made.instance, TpeTuner):
+        check_tpe(config, made.instance, found)
+
+
+def check_tpe(config: Any, tpe: Any, found: Findings) -> None:
+    """What becomes of a search within the trials at random first, and with NNI's own of choices alone."""
+    maximum, tuner = config.max_trial_number, config.tuner
+    first, name = tpe.args.n_startup_jobs, tuner.name or tuner.class_name
+    if maximum and maximum <= first:
+        found.warnings.append(
+            f"tuner {name} draws the first {first} trials at random, and maxTrialNumber is {maximum}: "
+            "it would learn nothing; give more trials, or a smaller n_startup_jobs in tpe_args"
+        )
+    elif tuner.name and all(spec.categorical for spec in tpe.space.values()):
+        found.warnings.append(
+            f"tuner {name}: where all keys are choices NNI's own soon suggests its best again and takes "
+            f"the next of a grid for it, from the first corner on; {instead_of(tuner, 'tpe_tuner.Tpe')}"
+        )
 
 
 def check_assessor(config: Any, made: Made, epochs: set[int], found: Findings) -> None:

@@ -13,7 +13,7 @@ import torch
 import data_vit
 import utils_vit
 from budget_vit import PBT_MAY_CHANGE
-from check_tuner_vit import check_algorithm, check_assessor, is_batch
+from check_tuner_vit import check_algorithm, check_assessor, check_tuner, is_batch
 from command_vit import hides_signals, known_arguments, no_program, trial_call, without_gpu
 from config_vit import Parser, UsageError, resolve
 from experiment_vit import Findings, load_experiment, quiet
@@ -98,6 +98,7 @@ def check(file: Path, parser: Parser) -> int:
         made = check_algorithm("tuner", tuner, space, metric, parser, found.errors)
         if made:
             added = made.added
+            check_tuner(config, made, found)
         if added and not found.errors:
             with working_folder(folder):
                 check_added(

@@ -798,6 +798,85 @@ def test_trials_of_several_lengths_beside_an_assessor(check) -> None:
     assert not findings(check(assessor=longest, searchSpace=space), "warning")
 
 
+@pytest.mark.parametrize(
+    ("maximum", "arguments", "warns"),
+    [(19, {}, True), (20, {}, False), (None, {}, False), (7, {"population_size": 4}, True)],
+)
+def test_a_population_of_one_step(check, maximum: int | None, arguments: dict, warns: bool) -> None:
+    tuner = own_tuner("pbt_tuner.PBT", **arguments)
+    result = check(tuner=tuner, maxTrialNumber=maximum)
+    assert (result.status, len(findings(result, "warning"))) == (0, warns)
+    assert (f"maxTrialNumber {maximum} is less than two steps" in result.stdout) == warns
+
+
+def test_a_population_on_several_machines_needs_a_folder_of_all(check) -> None:
+    machine = {"host": "worker", "user": "me", "password": "none"}
+    far = {
+        "trainingService": {"platform": "remote", "machineList": [machine, machine]},
+        "nniManagerIp": "10.0.0.1",
+    }
+    (error,) = findings(check(tuner=own_tuner("pbt_tuner.PBT"), **far), "error")
+    assert "all_checkpoint_dir" in error
+    shared = own_tuner("pbt_tuner.PBT", all_checkpoint_dir="/mnt/all")
+    assert not findings(check(tuner=shared, **far), "error")
+    assert not findings(check(tuner=own_tuner("pbt_tuner.PBT")), "error")
+
+
+NNI_TPE = {"name": "TPE", "classArgs": {"optimize_mode": "maximize"}}
+
+
+def startup(tuner: dict[str, Any], number: Any) -> dict[str, Any]:
+    arguments = {**tuner["classArgs"], "tpe_args": {"n_startup_jobs": number}}
+    return {**tuner, "classArgs": arguments}
+
+
+@pytest.mark.parametrize(
+    ("tuner", "maximum", "random"),
+    [
+        (own_tuner("tpe_tuner.Tpe"), 10, 10),
+        (own_tuner("tpe_tuner.Tpe"), 11, None),
+        (own_tuner("tpe_tuner.Tpe"), None, None),
+        (startup(own_tuner("tpe_tuner.Tpe"), 30), 30, 30),
+        (startup(own_tuner("tpe_tuner.Tpe"), 3), 6, None),
+        (NNI_TPE, 20, 20),
+        (NNI_TPE, 21, None),
+    ],
+)
+def test_a_search_that_is_random_to_its_end(check, tuner, maximum, random: int | None) -> None:
+    result = check(tuner=tuner, maxTrialNumber=maximum)
+    found = findings(result, "warning")
+    assert (result.status, len(found)) == (0, random is not None)
+    assert all(f"draws the first {random} trials at random" in text for text in found)
+
+
+def test_nni_s_tpe_walks_a_grid_where_all_keys_are_choices(check) -> None:
+    space = {"vt_dim": choice(32, 64, 96), "vt_depth": numbers("randint", 1, 9)}
+    (warning,) = findings(check(tuner=NNI_TPE, searchSpace=space, maxTrialNumber=21), "warning")
+    assert "grid" in warning and "className: tpe_tuner.Tpe" in warning
+    (warning,) = findings(check(tuner=NNI_TPE, searchSpace=space, maxTrialNumber=20), "warning")
+    assert "grid" not in warning
+    assert not findings(check(searchSpace=space, maxTrialNumber=21), "warning")
+    space["lr"] = numbers("loguniform", 1e-4, 1e-2)
+    assert not findings(check(tuner=NNI_TPE, searchSpace=space, maxTrialNumber=21), "warning")
+
+
+@pytest.mark.parametrize(
+    ("tuner", "space", "message"),
+    [
+        (startup(NNI_TPE, 1), {"vt_dim": choice(32, 64)}, "n_startup_jobs 1 is too few for gamma"),
+        (startup(NNI_TPE, 1), {"lr": numbers("uniform", 0, 1)}, None),
+        (startup(NNI_TPE, 2), {"vt_dim": choice(32, 64)}, None),
+        (startup(NNI_TPE, "x"), {"vt_dim": choice(32, 64)}, "TypeError"),
+        (startup(own_tuner("tpe_tuner.Tpe"), 1), {"lr": choice(1)}, "n_startup_jobs 1 is too few"),
+        (own_tuner("hyperband_tuner.Hyperband", exec_mode="x"), {"lr": choice(1)}, "exec_mode is"),
+        (own_tuner("nni_tuners.GP", utility="x"), {"lr": choice(1)}, "utility function x"),
+    ],
+)
+def test_arguments_that_would_end_the_search(check, tuner, space, message: str | None) -> None:
+    errors = findings(check(tuner=tuner, searchSpace=space), "error")
+    assert len(errors) == bool(message) and all(message in text for text in errors)
+
+
 @pytest.mark.parametrize("epochs", [(3, 9), (9, 3)])
 def test_every_sample_is_tried_with_the_largest_budget(check, epochs: tuple[int, int]) -> None:
     tuner = {"codeDirectory": TUNERS, "className": "hyperband_tuner.Hyperband"}
