@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from check_experiment_vit import Findings, quiet
+from check_space_vit import Sample, error_text
 from config_vit import Parser
-from experiment_vit import Findings, quiet
 from report_vit import METRICS
-from space_vit import Sample, one_line
 
-# Of NNI 3.0's own that do not run with today's packages, and what does in their place.
+# Of NNI 3.0's own that do not run with today's packages, and what to use instead.
 REPLACEMENTS = {
     "anneal": ("anneal_tuner.Anneal", "its hyperopt 0.1.2 fails with numpy from 2.2 on"),
     "smac": ("smac_tuner.Smac", "its packages do not install any more"),
@@ -27,7 +27,7 @@ REPLACEMENTS = {
     "pbt": ("pbt_tuner.PBT", "a trial that fails ends the search, or leaves it waiting for ever"),
     "dngo": ("dngo_tuner.Dngo", "it mixes up the keys and takes 0.95 for the best result"),
 }
-# What does in the place of those that raise KeyError where a sample lacks the outer of three choices.
+# What to use instead of those that raise KeyError where a sample lacks the outer of three choices.
 SHALLOW = {
     "random": "tpe_tuner.Tpe",
     "tpe": "tpe_tuner.Tpe",
@@ -82,7 +82,7 @@ def check_algorithm(
                 instance, added = ask_tuner(config, algorithm, arguments, space)
             parser.given_by("it adds a parameter", added)
         except Exception as error:  # of any package that a tuner may be made with
-            errors.append(f"{kind} {name}: {one_line(error)}")
+            errors.append(f"{kind} {name}: {error_text(error)}")
             return None
         finally:
             sys.path[:] = path
@@ -154,7 +154,7 @@ def ask_tuner(
     """A tuner, and what trials get from it beside the search space. Raises whatever it raises on the way."""
     from nni.runtime.msg_dispatcher_base import MsgDispatcherBase
 
-    if issubclass(algorithm, MsgDispatcherBase):  # can be made inside of NNI only, but for ours
+    if issubclass(algorithm, MsgDispatcherBase):  # only ours can be made outside of NNI
         if not hasattr(algorithm, "largest_budget"):
             return None, {"TRIAL_BUDGET": 1}
         advisor = algorithm(**arguments)

@@ -13,22 +13,22 @@ import torch
 import data_vit
 import utils_vit
 from budget_vit import PBT_MAY_CHANGE
-from check_tuner_vit import check_algorithm, check_assessor, check_tuner, is_batch
-from command_vit import hides_signals, known_arguments, no_program, trial_call, without_gpu
-from config_vit import Parser, UsageError, resolve
-from experiment_vit import Findings, load_experiment, quiet
-from folder_vit import DataError, in_one_line, not_decoded, printable, size_time_problem
-from space_vit import (
+from check_command_vit import hides_signals, known_arguments, no_program, trial_call, without_gpu
+from check_experiment_vit import Findings, load_experiment, quiet
+from check_space_vit import (
     LIMIT,
     Sample,
     Variants,
     attempt,
     batch_samples,
-    one_line,
+    error_text,
     samples_of,
     spec_errors,
     values_text,
 )
+from check_tuner_vit import check_algorithm, check_assessor, check_tuner, is_batch
+from config_vit import Parser, UsageError, resolve
+from folder_vit import DataError, in_one_line, not_decoded, printable, size_time_problem
 from utils_vit import CheckpointError
 
 SHOWN = 5  # messages of a kind that are printed
@@ -149,7 +149,7 @@ def read_space(space: dict[str, Any], parser: Parser, found: Findings) -> dict[s
                 # A normal may reach too far, which `try_samples` counts; other ranges must be valid.
                 errors = shortened([*bad]) + ([] if "normal" in spec["_type"] else [*partly])
         except Exception as error:  # NNI trusts what it reads
-            errors = [f"search space: {name}: {one_line(error)}"]
+            errors = [f"search space: {name}: {error_text(error)}"]
         say(f"  {name!s:{width}}  {'WRONG' if errors else 'ok   '}  {values_text(spec)}")
         found.errors += errors
     return keys

@@ -21,7 +21,7 @@ import torch
 from nni_tools import REPOSITORY, Experiment, experiment, free_port, read_config
 from test_survival import TINY, differing
 
-import command_vit
+import check_command_vit
 import data_vit
 import main_vit
 from utils_vit import load_checkpoint
@@ -223,8 +223,8 @@ def test_parts_make_the_batch(ranks: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_torchrun_lets_signals_through() -> None:
     for command in ("torchrun --standalone main_vit.py", "torchrun -m main_vit --gpu 0"):
-        assert command_vit.hides_signals(command) is None
-    assert command_vit.hides_signals("torchrun -m main_vit; echo done") == "; echo done"
+        assert check_command_vit.hides_signals(command) is None
+    assert check_command_vit.hides_signals("torchrun -m main_vit; echo done") == "; echo done"
 
 
 # --- resumed, stopped, killed ------------------------------------------------------------------------

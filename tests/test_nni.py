@@ -21,7 +21,7 @@ from nni_tools import REPOSITORY, Experiment, experiment, free_port
 from test_survival import TINY
 
 import nni_vit
-from command_vit import hides_signals
+from check_command_vit import hides_signals
 from nni_vit import Trial, finite
 
 SPACE = {"a": {"_type": "uniform", "_value": [0, 1]}}

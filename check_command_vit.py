@@ -14,7 +14,7 @@ from folder_vit import printable
 
 COMMENT = re.compile(r"""(?P<kept>'[^']*'|"(\\.|[^"\\])*"|\\.)|(?<![^\s;&|()])#[^\n]*""", re.DOTALL)
 REDIRECTION = re.compile(r"(?<!\S)(&|\d*)[<>]+&?\s*[^\s;|&]+")  # "> log", "2>&1"
-# What bash takes as it stands, and what it computes, but $NAME and ${NAME}; without and within "".
+# What bash takes as it stands, and what it computes, but $NAME and ${NAME}; outside and inside of "".
 WITHIN = r"\\.|`[^`]*`|\$\(([^()]|\([^)]*\))*\)|\$\{\w*[^\w}][^}]*\}|\$[\d@*#?!$-]"
 COMPUTED_WITHIN = re.compile(WITHIN, re.DOTALL)
 FILES = r"[*?]|\[[^\]\s]+\]|\{[^{}\s]*(?:,|\.\.)[^{}\s]*\}"  # x*, [ab], {a,b}, {1..3}
@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
 
 def without_comments(command: str) -> str:
-    """A word that begins with #, and the rest of its line, is a comment."""
+    """The command without comments: words that begin with #, and the rest of their lines."""
     return COMMENT.sub(lambda match: match["kept"] or "", command)
 
 
@@ -89,7 +89,7 @@ def trial_call(command: str, folder: Path) -> Call:
                 place = now / os.path.expanduser(script)
                 if UNKNOWN in f"{now}{place}":
                     return Call(folder, [*call[i + 1 :], UNKNOWN], None)
-                for needed, found in ((now, now.is_dir()), (place, os.path.isfile(place))):
+                for needed, found in ((now, os.path.isdir(now)), (place, os.path.isfile(place))):
                     if not found:
                         raise UsageError(f"{needed} does not exist")
                 certain &= not call[0].startswith("-") and UNKNOWN not in "".join(call[:i])
@@ -137,7 +137,7 @@ def known_arguments(argv: list[str], parser: Parser) -> tuple[list[str], set[str
 
 
 def without_gpu(argv: list[str]) -> list[str]:
-    """`argv` less --gpu, which is about this machine: it should not hide what is wrong with samples."""
+    """`argv` less --gpu, which is about this machine: an error about it should not hide those about samples."""
     only_gpu = ArgumentParser(add_help=False, allow_abbrev=False)
     only_gpu.add_argument("--gpu")
     return only_gpu.parse_known_args(argv)[1]

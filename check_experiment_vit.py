@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from check_space_vit import error_text
 from config_vit import UsageError, read_yaml
-from space_vit import one_line
 
 
 @dataclass
@@ -57,7 +57,7 @@ def load_experiment(file: Path, found: Findings) -> Any:
             config = ExperimentConfig(**content)
             if config.use_annotation:
                 raise ValueError("useAnnotation ended with NNI 3: give a searchSpaceFile instead")
-            # Of these three NNI would only say which line of its own code failed.
+            # Of the next three NNI would only say which line of its own code failed.
             if not hasattr(config.training_service, "platform"):
                 raise ValueError("trainingService is missing, a list, or of an unknown platform")
             complete_gpu(config, found)
@@ -68,7 +68,7 @@ def load_experiment(file: Path, found: Findings) -> Any:
             if not isinstance(config.search_space, dict) or not config.search_space:
                 raise ValueError("the search space has no keys")
         except Exception as error:  # NNI's are of every type
-            raise UsageError(f"{file}: {one_line(error)}{hint(error)}") from None
+            raise UsageError(f"{file}: {error_text(error)}{hint(error)}") from None
         finally:
             utils.unset_base_path()
     lost = [record.getMessage() for record in records if record.levelno >= logging.ERROR]
@@ -96,7 +96,7 @@ def hint(error: Exception) -> str:
 
 
 def complete_gpu(config: Any, found: Findings) -> None:
-    """NNI ends at once for want of useActiveGpu; said here, so that the rest can be judged too."""
+    """without useActiveGpu NNI ends at once; said here, so that the rest can be judged too."""
     service = config.training_service
     asked = isinstance(config.trial_gpu_number, int) and config.trial_gpu_number
     if asked and getattr(service, "use_active_gpu", True) is None:

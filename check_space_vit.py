@@ -122,7 +122,7 @@ def spec_errors(name: str, spec: Any) -> Iterator[str]:
     try:
         validate_search_space({name: plain}, raise_exception=True)
     except Exception as error:  # NNI trusts what it reads
-        reason = one_line(error).removeprefix(f'search space "{name}" ')
+        reason = error_text(error).removeprefix(f'search space "{name}" ')
         yield f"search space: {name}: {reason}"
         return
     for option in given:
@@ -131,7 +131,7 @@ def spec_errors(name: str, spec: Any) -> Iterator[str]:
                 yield from spec_errors(f"{name}/{key}", inner)
 
 
-def one_line(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """An error of other people's code in one line; of a bare assertion its condition."""
     text = " ".join(str(error).split())
     if not text:
