@@ -170,13 +170,13 @@ def ask_tuner(
 
 
 def check_startup(tuner: Any) -> None:
-    """Raises ValueError for NNI's own TPE that ends where none of the first results is one of the worse ones."""
+    """Raises ValueError for NNI's own TPE that ends where its first results are not some good and some bad ones."""
     from nni.algorithms.hpo.tpe_tuner import TpeTuner
 
     if isinstance(tuner, TpeTuner) and any(spec.categorical for spec in tuner.space.values()):
         first, gamma = tuner.args.n_startup_jobs, tuner.args.gamma
-        if math.ceil(gamma * math.sqrt(first)) >= first:
-            raise ValueError(f"n_startup_jobs {first} is too few for gamma {gamma}: give more")
+        if not 0 < min(math.ceil(gamma * math.sqrt(first)), tuner.args.linear_forgetting) < first:
+            raise ValueError(f"n_startup_jobs {first} does not go with gamma {gamma}: give more")
 
 
 def ask_assessor(assessor: Any) -> None:

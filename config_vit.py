@@ -231,6 +231,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def continue_given(parser: Parser, given: dict[str, Any]) -> dict[str, Any]:
     """What --resume continues: the parameters of the checkpoint, and those given that may change."""
     state, _, _ = utils_vit.load_newest(given["resume"])
+    if not state["step"] and "train_images" not in state:  # of pretrained_vit.py
+        raise UsageError(f"{given['resume']} is of no run: --init-from starts one from its weights")
     saved = parser.given_by(str(given["resume"]), state["args"])
     if "init_from" in given:
         given["init_from"] = given["init_from"].absolute()

@@ -144,10 +144,18 @@ def main_worker(
     total_steps, option = last_step(args, steps_per_epoch)
     if trial:
         trial.link_tensorboard()
+
+    def tell_curve(lines: list[dict[str, Any]]) -> None:
+        # One of PBT starts in the middle of a training, after another trial's epochs or none.
+        under_way = state.epoch_under_way(steps_per_epoch) + 1
+        earlier = {line["epoch"]: report_vit.nni_metrics(line, args.metric) for line in lines}
+        trial.begin_curve(under_way, earlier, lambda: signals.received)
+
     finished = distributed_vit.from_rank_0(lambda: report_vit.has_results(output, state.step))
     if finished and state.is_done(total_steps):
         log.info(f"this run is finished: {output}/results.json; {option} makes it longer")
-        if trial:
+        if trial:  # which may have ended before it had told all
+            tell_curve(report_vit.lines_of(output))
             trial.finish(report_vit.final_metrics(args, state.best, output))
         return
     # Only whole epochs that a checkpoint knows of keep their line; any other will be run again.
@@ -157,12 +165,7 @@ def main_worker(
         done = state.is_done(total_steps)
         recorder = report_vit.Recorder(output, state.step if done else whole_epochs)
         if trial:
-            # One of PBT starts in the middle of a training, after another trial's epochs or none.
-            under_way = state.epoch_under_way(steps_per_epoch) + 1
-            lines = {
-                line["epoch"]: report_vit.nni_metrics(line, args.metric) for line in recorder.lines
-            }
-            trial.begin_curve(under_way, lines, lambda: signals.received)
+            tell_curve(recorder.lines)
         identity = {"args": parameters} | data.identity()
         saver = utils_vit.Saver(output, identity, args.checkpoint_steps, args.checkpoint_minutes)
 
@@ -181,7 +184,6 @@ def main_worker(
         if due and leads:
             saver.save(state)
 
-    line = None
     try:
         while not state.is_done(total_steps):
             pieces = state.pieces
@@ -198,8 +200,9 @@ def main_worker(
             if state.pieces > pieces:
                 log.info(f"memory was short: batches are now taken in {state.pieces} pieces")
             log.info(report_vit.epoch_text(line, last_epoch, is_best))
-            if trial and not state.is_done(total_steps):
-                trial.report(line["epoch"], report_vit.nni_metrics(line, args.metric))
+            if trial:
+                metrics = report_vit.nni_metrics(line, args.metric)
+                trial.report(line["epoch"], metrics, last=state.is_done(total_steps))
         results = results_of(state, data, args, device, check_signals, output)
     except Stopped as stopped:
         if leads and not state.is_done(total_steps):
@@ -217,8 +220,6 @@ def main_worker(
     for text in report_vit.results_text(results, output):
         log.info(text)
     if trial:
-        if line:  # not before: an assessor may end the trial for it
-            trial.report(line["epoch"], report_vit.nni_metrics(line, args.metric))
         trial.finish(report_vit.final_metrics(args, state.best, output))
 
 

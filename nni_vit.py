@@ -2,7 +2,6 @@
 
 import ctypes
 import fcntl
-import itertools
 import json
 import logging
 import math
@@ -35,6 +34,9 @@ class Trial:
         self._record: dict[str, Any] = {"trial_id": self.id, "sequence_id": self.sequence_id}
         self._finished = False
         self._first_epoch = 1
+        self._last: tuple[int, dict[str, float]] | None = (
+            None  # epoch and metrics that are yet to be told
+        )
         if not self.inside:
             return
         end_with_parent()
@@ -89,9 +91,16 @@ class Trial:
                 time.sleep(0.01)
                 told = self._told()
 
-    def report(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Reports an epoch (from 1); metrics["default"] is what NNI plots and assesses."""
+    def report(self, epoch: int, metrics: dict[str, float], last: bool = False) -> None:
+        """Reports an epoch (from 1); metrics["default"] is what NNI plots and assesses.
+
+        The `last` one goes out with the final result: an assessor may end the trial for it, before the
+        results of all its epochs are written.
+        """
         metrics = finite(metrics)
+        if last:
+            self._last = epoch, metrics
+            return
         if self.inside:
             # A trial that was resumed goes on with its curve; NNI alone would start it again at 0.
             self._nni.overwrite_intermediate_seq(epoch - self._first_epoch)
@@ -100,6 +109,9 @@ class Trial:
     def finish(self, metrics: dict[str, float]) -> bool:
         """Reports the final result, once over all starts of the trial; whether it went out now."""
         metrics = finite(metrics)
+        if self._last:
+            self.report(*self._last)
+            self._last = None
         if not self.inside or self._finished:
             return False
         # A second final result can end the tuner. Whether one arrived before `nnictl stop` the manager
@@ -247,15 +259,24 @@ def least_used_gpu(folder: Path, first: int, gpus: int) -> int:
     Each holds a lock there until its process ends. By turns alone GPUs would be idle beside others with two
     trials, since trials take different times and an assessor ends some.
     """
-    for place in itertools.count():
-        for gpu in (number % gpus for number in range(first, first + gpus)):
-            try:
-                descriptor = os.open(
-                    folder / f".gpu{gpu}-{place}.lock", os.O_RDWR | os.O_CREAT, 0o666
-                )
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return gpu  # the descriptor stays open
-            except BlockingIOError:
-                os.close(descriptor)
-            except OSError:  # a file system without locks: by turns
-                return first % gpus
+    try:
+        with open(folder / ".gpus.lock", "w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)  # one trial chooses at a time
+            numbers = [number % gpus for number in range(first, first + gpus)]
+            gpu = min(numbers, key=lambda n: sum(map(is_held, folder.glob(f".gpu{n}-*.lock"))))
+            own = os.open(folder / f".gpu{gpu}-{os.getpid()}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and stays open
+            return gpu
+    except OSError:  # a file system without locks: by turns
+        return first % gpus
+
+
+def is_held(file: Path) -> bool:
+    """Whether the process that locked the file is still there; else the file is removed."""
+    with open(file) as content:
+        try:
+            fcntl.flock(content, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        file.unlink()
+        return False

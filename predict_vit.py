@@ -188,7 +188,7 @@ def print_predictions(classifier: Classifier, images: ImageFolder) -> int:
 
 
 def csv_line(cells: list[Any]) -> str:
-    """One line of CSV without its end: csv's is that of Windows, and given another it would not quote cells with it."""
+    """One line of CSV without its end: csv's own is that of Windows, with another it would quote too little."""
     line = io.StringIO()
     csv.writer(line).writerow(cells)
     return line.getvalue().removesuffix("\r\n")

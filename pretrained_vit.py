@@ -7,6 +7,7 @@ python main_vit.py --init-from runs/vit_b_32/model_best.pth.tar --config runs/vi
 import pickle
 import signal
 import sys
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if any((args.folder / name).exists() for name in (utils_vit.LAST, utils_vit.BEST)):
             raise UsageError(f"{args.folder} holds a model already: give another folder")
-        args.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = checkpoint_of(args.model)
-        utils_vit.save_checkpoint(checkpoint, False, args.folder / utils_vit.BEST)
-        # A run from here computes in what is fastest where it runs.
-        parameters = {k: v for k, v in checkpoint["args"].items() if k != "precision"}
+        args.folder.mkdir(parents=True, exist_ok=True)
+        # A run from here computes in what is fastest where it runs, and may be one of PBT without a schedule.
+        own = {"precision", "scheduler", "warmup_epochs"}
+        parameters = {k: v for k, v in checkpoint["args"].items() if k not in own}
         utils_vit.replace_file(args.folder / "args.yaml", yaml.safe_dump(parameters).encode())
+        utils_vit.save_checkpoint(checkpoint, False, args.folder / utils_vit.BEST)
     except UsageError as error:
         print(f"pretrained_vit.py: error: {error}", file=sys.stderr)
         return 2
@@ -87,24 +89,28 @@ def checkpoint_of(name: str) -> dict[str, Any]:
     args.val_split = None  # that of the demo, which would win over val/
     state = setup_vit.make_state(args, torch.device("cpu"))
     transforms = weights.transforms()
-    state.model.load_state_dict(translated(network.state_dict(), transforms.mean, transforms.std))
-    identity = {"args": saved_parameters(args), "classes": weights.meta["categories"]}
+    ours = translated(network.state_dict(), transforms.mean, transforms.std)
+    classes = weights.meta["categories"]
+    order = sorted(range(len(classes)), key=classes.__getitem__)  # as the folders of images
+    state.model.load_state_dict(ours | {n: ours[n][order] for n in ("head.weight", "head.bias")})
+    identity = {"args": saved_parameters(args), "classes": [classes[i] for i in order]}
     return state.state_dict() | identity
 
 
 def fill(network: nn.Module, url: str) -> None:
     """Give the network the weights that torchvision keeps there, by way of torch's cache. Raises UsageError."""
     file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    by_hand = f"try again, or bring it to {file} in another way"
     try:
         weights = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True
         )
         network.load_state_dict(weights, assign=True)  # knows the names of its older versions
-    except OSError as error:
-        raise UsageError(
-            f"{url} cannot be downloaded: {error}; bring it to {file} in another way"
-        ) from None
+    except (OSError, HTTPException) as error:
+        raise UsageError(f"{url} cannot be downloaded: {error}; {by_hand}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError, TypeError):
+        if not file.exists():  # torch has compared what came with its checksum
+            raise UsageError(f"what came from {url} is not whole: {by_hand}") from None
         raise UsageError(f"{file} is damaged: remove it, to download it again") from None
 
 

@@ -1,6 +1,7 @@
 """Training in parts: budgets and members of a population, and the tuners that hand them out."""
 
 import importlib
+import itertools
 import json
 import random
 import sys
@@ -342,22 +343,28 @@ def test_bohb_searches_a_choice_inside_of_choices() -> None:
     assert len(generator.configs[1]) == 20
 
 
-def test_bohb_draws_no_configuration_twice() -> None:
+@pytest.mark.parametrize("random_fraction", [0.3, 1])
+def test_bohb_draws_no_configuration_twice(random_fraction: float) -> None:
     """NNI's fills whole brackets with one of choices: its halving then compares nothing."""
     from bohb_tuner import Generator
 
     space = {name: {"_type": "choice", "_value": [*range(6)]} for name in ("a", "b", "c")}
     generator = Generator(
         space, 1, min_points_in_model=None, top_n_percent=15, num_samples=4,
-        random_fraction=0.3, bandwidth_factor=3, min_bandwidth=1e-3,
+        random_fraction=random_fraction, bandwidth_factor=3, min_bandwidth=1e-3,
     )  # fmt: skip
-    seen = []
-    for _ in range(60):  # of 216
+    seen = set()
+    if random_fraction == 1:  # results of before a resume
+        seen = {values for values in itertools.product(range(6), repeat=3) if sum(values) % 2}
+        for values in seen:
+            generator.new_result(0, 1, dict(zip(space, values, strict=True)))
+    known = len(seen)
+    for _ in range(60):  # of 216, or of the 108 that are left
         parameters = generator.get_config(1)
         budget = parameters.pop("TRIAL_BUDGET")
-        seen.append(tuple(parameters.values()))
+        seen.add(tuple(parameters.values()))
         generator.new_result(sum(parameters.values()), budget, parameters)
-    assert len(seen) == len(set(seen))
+    assert len(seen) == known + 60
 
 
 def test_bohb_learns_by_budget() -> None:

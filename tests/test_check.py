@@ -863,11 +863,19 @@ def test_nni_s_tpe_walks_a_grid_where_all_keys_are_choices(check) -> None:
 @pytest.mark.parametrize(
     ("tuner", "space", "message"),
     [
-        (startup(NNI_TPE, 1), {"vt_dim": choice(32, 64)}, "n_startup_jobs 1 is too few for gamma"),
+        (
+            startup(NNI_TPE, 1),
+            {"vt_dim": choice(32, 64)},
+            "n_startup_jobs 1 does not go with gamma",
+        ),
         (startup(NNI_TPE, 1), {"lr": numbers("uniform", 0, 1)}, None),
         (startup(NNI_TPE, 2), {"vt_dim": choice(32, 64)}, None),
         (startup(NNI_TPE, "x"), {"vt_dim": choice(32, 64)}, "TypeError"),
-        (startup(own_tuner("tpe_tuner.Tpe"), 1), {"lr": choice(1)}, "n_startup_jobs 1 is too few"),
+        (
+            startup(own_tuner("tpe_tuner.Tpe"), 1),
+            {"lr": choice(1)},
+            "n_startup_jobs 1 does not go with",
+        ),
         (own_tuner("hyperband_tuner.Hyperband", exec_mode="x"), {"lr": choice(1)}, "exec_mode is"),
         (own_tuner("nni_tuners.GP", utility="x"), {"lr": choice(1)}, "utility function x"),
     ],

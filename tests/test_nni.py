@@ -1,5 +1,6 @@
 """nni_vit.py and loopback.cjs against the real NNI: managers, tuners, bash and signals, no stand-ins."""
 
+import errno
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from test_survival import TINY
 
 import nni_vit
 from check_command_vit import hides_signals
-from nni_vit import Trial, finite
+from nni_vit import finite
 
 SPACE = {"a": {"_type": "uniform", "_value": [0, 1]}}
 
@@ -427,6 +428,8 @@ trial = Trial()
 metrics = {"default": trial.ask()["a"]}
 trial.link_tensorboard()
 trial.report(1, metrics)
+trial.report(2, metrics, last=True)  # an assessor may end the trial for it
+print("results are written")
 assert trial.finish(metrics) and not trial.finish(metrics)
 """
     env = {
@@ -442,8 +445,9 @@ assert trial.finish(metrics) and not trial.finish(metrics)
     done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     sent = re.findall(r"NNISDK_MEb'(.*)'", done.stdout)
+    assert done.stdout.partition("results are written")[0].count("NNISDK_MEb") == 1
     metrics = [json.loads(line) for line in sent]
-    assert [metric["type"] for metric in metrics] == ["PERIODICAL", "FINAL"]
+    assert [metric["type"] for metric in metrics] == ["PERIODICAL", "PERIODICAL", "FINAL"]
     for metric in metrics:
         assert metric["parameter_id"] == 7 and json.loads(metric["value"]) == {"default": 0.5}
     assert json.loads((tmp_path / "output/nni.json").read_text())["parameters"] == {"a": 0.5}
@@ -467,18 +471,23 @@ def test_a_trial_takes_the_gpu_that_the_fewest_compute_on(tmp_path: Path) -> Non
         assert [start(number) for number in range(5)] == ["0", "1", "2", "0", "1"]
         trials[1].kill()  # GPU 1 has one left, as 2 has, and 0 has two
         trials[1].wait()
-        assert [start(number) for number in (9, 10)] == ["1", "2"]
-        trials[2].kill()
-        trials[6].kill()
-        for process in (trials[2], trials[6]):
-            process.wait()
-        assert start(12) == "2"
+        assert [start(number) for number in (9, 10)] == ["1", "2"]  # two on each
+        for number in (0, 2, 4):  # the first of GPU 0, the first of 2, one of 1
+            trials[number].kill()
+            trials[number].wait()
+        assert [start(number) for number in (12, 13, 14)] == ["0", "1", "2"]
+        assert len([*tmp_path.glob(".gpu?-*.lock")]) == 6  # one of each that runs
     finally:
         for process in trials:
             process.kill()
             process.communicate()
 
 
-def test_without_locks_trials_take_the_gpus_by_turns(tmp_path: Path) -> None:
-    assert [nni_vit.least_used_gpu(tmp_path / "none", n, 4) for n in range(6)] == [0, 1, 2, 3, 0, 1]
-    assert Trial().sequence_id == 0
+def test_without_locks_trials_take_the_gpus_by_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(nni_vit.fcntl, "flock", no_locks)
+    assert [nni_vit.least_used_gpu(tmp_path, n, 4) for n in range(6)] == [0, 1, 2, 3, 0, 1]

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import nni
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -198,6 +199,8 @@ CHANGES = {
     "smaller": SMALLER,
     "another order": dict(reversed(LINEAR.items())) | {"wd": spec("uniform", 0, 1)},
     "other keys": {k: v for k, v in LINEAR.items() if k != "share"} | {"wd": spec("uniform", 0, 1)},
+    "higher numbers": LINEAR | {"heads": spec("randint", 3, 9)},
+    "fewer numbers": LINEAR | {"heads": spec("randint", 1, 3)},
 }
 
 
@@ -220,6 +223,34 @@ def test_the_search_space_may_change_while_trials_run(name: str, change: str) ->
         tuner.trial_end(number, True)
     for parameters in run(tuner, count, first=200):
         assert_fits(parameters, CHANGES[change])
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["failed", "running"])
+def test_tpe_repeats_nothing_after_a_changed_search_space(ends: bool) -> None:
+    space = {"a": spec("choice", 1, 2, 3), "b": spec("randint", 0, 4)}
+    tuner, suggested = make("tpe_tuner.Tpe", space), []
+    for number in range(12):
+        if number == 6:
+            tuner.update_search_space(space)
+        suggested.append(tuple(tuner.generate_parameters(number).values()))
+        if ends:
+            tuner.trial_end(number, False)
+    assert len(set(suggested)) == 12
+    with pytest.raises(nni.NoMoreTrialError):
+        tuner.generate_parameters(12)
+
+
+def test_dngo_takes_a_late_result_for_the_failure_that_it_took_it_for() -> None:
+    tuner = make("dngo_tuner.Dngo", FAILING)
+    for number in range(4):
+        tuner.receive_trial_result(number, tuner.generate_parameters(number), number)
+    for number in (4, 5, 6):
+        tuner.generate_parameters(number)
+        tuner.trial_end(number, False)
+    assert tuner._values == [0, 1, 2, 3, 0, 0, 0]
+    for number in (5, 4):
+        tuner.receive_trial_result(number, None, 10 * number)
+    assert tuner._values == [0, 1, 2, 3, 0, 50, 40] and len(tuner.x) == len(tuner.y) == 7
 
 
 def test_a_search_space_that_cannot_be_searched_leaves_the_old_one() -> None:
@@ -317,11 +348,13 @@ def test_tpe_learns_within_the_shipped_search() -> None:
     assert same == [True] * 10 + [False] * 10
 
 
-@pytest.mark.parametrize(("first", "gamma"), [(1, 0.25), (5, 2)])
+@pytest.mark.parametrize(("first", "gamma"), [(1, 0.25), (5, 2), (5, 0)])
 def test_tpe_needs_some_results(first: int, gamma: float) -> None:
     """With fewer NNI's raises at its first suggestion of its own, which ends the search."""
-    with pytest.raises(ValueError, match="n_startup_jobs . is too few"):
+    with pytest.raises(ValueError, match="n_startup_jobs . does not go with gamma"):
         make("tpe_tuner.Tpe", tpe_args={"n_startup_jobs": first, "gamma": gamma})
+    if not gamma:
+        return
     tuner = make("tpe_tuner.Tpe", tpe_args={"n_startup_jobs": first + 1, "gamma": gamma})
     for number in range(first + 4):
         tuner.receive_trial_result(number, tuner.generate_parameters(number), number)

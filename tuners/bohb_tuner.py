@@ -73,6 +73,7 @@ class Generator(CG_BOHB):
         except (KeyError, ValueError, TypeError):
             log.warning("not of this search space: %s", parameters)
             return
+        self.tried.add(frozen(parameters))  # before a resume, too
         point = {}
         for key, spec in self.specs.items():
             low, high = ends(spec)

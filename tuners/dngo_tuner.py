@@ -41,6 +41,7 @@ class Dngo(Robust, nni_dngo.DNGOTuner):
         self._sign = 1.0 if optimize_mode == "maximize" else -1.0
         self._seed = seed
         self._values: list[float] = []
+        self._failed: dict[int, int] = {}  # parameter_id -> its place among the values
         nni_dngo._random_config = self._new_config
 
     def _new_config(self, space: dict[str, Any], state: np.random.RandomState) -> dict[str, Any]:
@@ -64,9 +65,15 @@ class Dngo(Robust, nni_dngo.DNGOTuner):
         # What it learned is of the keys as they were.
         known = list(zip(self.x, self._values, strict=True))
         self.x, self.y, self._values, self._model_initialized = [], [], [], False
+        self._failed = {}
         self._replay_fitting([(parameters, self._sign * value) for parameters, value in known])
 
     def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
+        if (
+            place := self._failed.pop(parameter_id, None)
+        ) is not None:  # its result came after its end
+            del self.x[place], self.y[place], self._values[place]
+            self._failed = {i: other - (other > place) for i, other in self._failed.items()}
         # NNI's expects an improvement over 0.95, whatever the metric is: that is made the best so far.
         self._values.append(self._sign * value)
         scale = np.std(self._values) or 1.0
@@ -75,14 +82,11 @@ class Dngo(Robust, nni_dngo.DNGOTuner):
             parameter_id, parameters, 0.95 + (self._values[-1] - max(self._values)) / scale
         )
 
-    def trial_end(self, parameter_id: int, success: bool, **kwargs: Any) -> None:
-        if not success:  # the result of a success may come after its end
-            super().trial_end(parameter_id, success, **kwargs)
-
     def _fail(self, parameter_id: int, parameters: dict[str, Any]) -> None:
         # Left out, it would be suggested again and again. So it counts as the worst.
         if self._values:
             self._tell(parameter_id, parameters, self._sign * min(self._values))
+            self._failed[parameter_id] = len(self._values) - 1
 
     def _replay(self, parameters: dict[str, Any], value: float) -> None:
         self._tell(-1, parameters, value)

@@ -152,8 +152,10 @@ class GP(Robust, GPTuner):
         if space.len() >= self._cold_start_num:
             for i in sorted(self._suggested.keys() - self._told):
                 space.register(self._shares(self._suggested[i]), known[1].min())
-        shares = super()._propose(parameter_id)
-        space._params, space._target, space._cache = known
+        try:
+            shares = super()._propose(parameter_id)
+        finally:
+            space._params, space._target, space._cache = known
         for _ in range(20):
             parameters = {k: of_share(shares[k], **spec) for k, spec in self._search_space.items()}
             if self._is_new(parameters):

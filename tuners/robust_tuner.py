@@ -75,10 +75,11 @@ class Robust(Tuner):
     def _fits(self, parameters: Any) -> bool:
         """Whether they are of the search space as it is now."""
         try:
-            format_parameters(parameters, self._specs)
+            numbers = format_parameters(parameters, self._specs)
         except (KeyError, ValueError, TypeError, IndexError):
             return False
-        return True
+        specs = {key: self._specs[key] for key in numbers if self._specs[key].categorical}
+        return all(0 <= numbers[key] < spec.size for key, spec in specs.items())  # of a randint
 
     def generate_parameters(self, parameter_id: int, **kwargs: Any) -> dict[str, Any]:
         """Plain Python numbers and strings. Raises nni.NoMoreTrialError where there is nothing left."""

@@ -1,4 +1,4 @@
-"""NNI's TPE, that no result, failure or resume of a trial can end, and that learns from the 10th trial on.
+"""NNI's TPE, that no result, failure or resume of a trial can end, and that learns after 10 trials.
 
 tuner: {codeDirectory: tuners, className: tpe_tuner.Tpe, classArgs: {optimize_mode: maximize}}
 """
@@ -29,9 +29,9 @@ class Tpe(Robust, TpeTuner):
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         super().__init__(optimize_mode, seed, {"n_startup_jobs": STARTUP_JOBS} | (tpe_args or {}))
         first, gamma = self.args.n_startup_jobs, self.args.gamma
-        # Where none of the first results is one of the worse ones NNI's raises, which ends the search.
-        if math.ceil(gamma * math.sqrt(first)) >= first:
-            raise ValueError(f"n_startup_jobs {first} is too few for gamma {gamma}")
+        # Where its first results are not some good and some bad ones NNI's raises, which ends the search.
+        if not 0 < min(math.ceil(gamma * math.sqrt(first)), self.args.linear_forgetting) < first:
+            raise ValueError(f"n_startup_jobs {first} does not go with gamma {gamma}")
         self._seed = seed
         self._results: list[tuple[dict[str, Any], float]] = []
 
@@ -43,6 +43,8 @@ class Tpe(Robust, TpeTuner):
         self._history.clear()
         results, self._results = self._results, []
         self._replay_fitting(results)
+        for params in self._params.values():  # those that run or failed, too
+            self.dedup.add_history(params)
 
     def _propose(self, parameter_id: int) -> dict[str, Any]:
         # Among choices the best of 24 candidates is soon always the same, and NNI's takes for it the next of a
@@ -62,7 +64,7 @@ class Tpe(Robust, TpeTuner):
         return deformat_parameters(params, self.space)
 
     def _with_failures(self) -> dict[str, list[Record]]:
-        """What NNI's learns from, and the trials that failed as the worst: left out, they would be suggested again."""
+        """What NNI's learns from, and trials that failed as the worst: left out, they would be suggested again."""
         history = defaultdict(list, {key: [*known] for key, known in self._history.items()})
         worst = max((record.loss for known in history.values() for record in known), default=None)
         for i in sorted(self._ended - self._told) if history else ():
