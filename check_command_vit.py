@@ -6,14 +6,17 @@ import re
 import shlex
 import subprocess
 from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from config_vit import Parser, UsageError
 from folder_vit import printable
 
-COMMENT = re.compile(r"""(?P<kept>'[^']*'|"(\\.|[^"\\])*"|\\.)|(?<![^\s;&|()])#[^\n]*""", re.DOTALL)
-REDIRECTION = re.compile(r"(?<!\S)(&|\d*)[<>]+&?\s*[^\s;|&]+")  # "> log", "2>&1"
+QUOTED = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\."""
+COMMENT = re.compile(rf"(?P<kept>{QUOTED})|(?<![^\s;&|()])#[^\n]*", re.DOTALL)
+TO = r"(?<!\S)(&|\d*)[<>]+&?\s*"  # "> log", "2>&1"
+REDIRECTION = re.compile(rf"(?P<kept>{QUOTED})|{TO}({QUOTED}|[^\s;|&])+", re.DOTALL)
 # What bash takes as it stands, and what it computes, but $NAME and ${NAME}; outside and inside of "".
 WITHIN = r"\\.|`[^`]*`|\$\(([^()]|\([^)]*\))*\)|\$\{\w*[^\w}][^}]*\}|\$[\d@*#?!$-]"
 COMPUTED_WITHIN = re.compile(WITHIN, re.DOTALL)
@@ -40,7 +43,12 @@ class Call(NamedTuple):
 
 def without_comments(command: str) -> str:
     """The command without comments: words that begin with #, and the rest of their lines."""
-    return COMMENT.sub(lambda match: match["kept"] or "", command)
+    return COMMENT.sub(kept_or(""), command)
+
+
+def kept_or(other: str) -> Callable[[re.Match[str]], str]:
+    """For re.sub: what is quoted stays, in place of the rest comes `other`."""
+    return lambda match: match["kept"] or other
 
 
 def trial_call(command: str, folder: Path) -> Call:
@@ -63,7 +71,7 @@ def trial_call(command: str, folder: Path) -> Call:
         return re.sub(r"\$\{?(\w+)\}?", variable, word).replace(DOLLAR, "$")
 
     plain = COMPUTED.sub(as_bash, without_comments(command))
-    plain = REDIRECTION.sub(" ", plain.replace("\\\n", " ").replace("\n", " ; "))
+    plain = REDIRECTION.sub(kept_or(" "), plain.replace("\\\n", " ").replace("\n", " ; "))
     lexer = shlex.shlex(plain, posix=True, punctuation_chars=";&|()")
     lexer.whitespace_split, lexer.commenters = True, ""
     try:

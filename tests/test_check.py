@@ -448,6 +448,7 @@ def test_patches_too_large_for_the_images(check) -> None:
         "python -m main_vit --request-from-nni",
         "python main_vit.py --request-from-nni \\\n  --epochs 2\n",
         f'exec python "{REPOSITORY}/main_vit.py" --request-from-nni > /dev/null 2>&1',
+        f"""NAME="a > b" OTHER='c < d' exec {COMMAND} > "/dev/null" """,
         "cd $PWD/tests && cd ${PWD}/.. && " + COMMAND,
         f"""echo "it's $HOME" '$'; {COMMAND} --cache-dir "$HOME/it's" --arch 'vit'""",
         f"# it's a comment; exit\n{COMMAND} --cache-dir 'a # b' --cache-dir a#b # | tee 'x",
