@@ -417,6 +417,40 @@ assert not trial.finish({"default": 2.0})
 
 
 @pytest.mark.slow
+def test_a_trial_that_ended_before_it_had_told_all(tmp_path: Path, image_folder: Path) -> None:
+    """Its last epoch and its best go out once its results are written; started again, it tells what is missing."""
+    record = {"parameter_id": 7, "parameter_source": "algorithm", "parameters": {}}
+    (tmp_path / "parameter.cfg").write_text(json.dumps(record))
+    env = {
+        **os.environ,
+        "NNI_PLATFORM": "kubeflow",
+        "NNI_OUTPUT_DIR": str(tmp_path / "output"),
+        "NNI_SYS_DIR": str(tmp_path),
+        "NNI_TRIAL_JOB_ID": "abc",
+        "NNI_EXP_ID": "exp",
+        "NNI_TRIAL_SEQ_ID": "3",
+    }
+    command = [sys.executable, "main_vit.py", "--request-from-nni", *TINY]
+    command += ["--download-dir", image_folder, "--epochs", "2"]
+
+    def told() -> tuple[str, list[str]]:
+        done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, re.findall(r'"type": "(\w+)"', done.stdout)
+
+    everything = ["PERIODICAL", "PERIODICAL", "FINAL"]
+    output, types = told()
+    assert types == everything
+    before, _, _ = output.partition("best    epoch")  # the results
+    assert before.count("PERIODICAL") == 1
+    record = json.loads((tmp_path / "output/nni.json").read_text())
+    del record["final"]  # as if it had been killed before
+    (tmp_path / "output/nni.json").write_text(json.dumps(record))
+    output, types = told()
+    assert "this run is finished" in output and types == everything
+
+
+@pytest.mark.slow
 def test_a_trial_in_kubernetes(tmp_path: Path) -> None:
     """NNI's older platforms have no channel but files and lines of output: it asks and reports there."""
     record = {"parameter_id": 7, "parameter_source": "algorithm", "parameters": {"a": 0.5}}
