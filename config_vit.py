@@ -174,8 +174,9 @@ def what_still_holds(file: dict[str, Any], given: dict[str, Any]) -> dict[str, A
     schedule = {"gamma", "scheduler", "dont_adjust_learning_rate"}
     if given.keys() & schedule:
         void |= schedule | {"warmup_epochs"}
-    if file.get("warmup_epochs", 0) > given.get("epochs", math.inf):
-        void.add("warmup_epochs")
+    for name in ("warmup_epochs", "stop_epoch"):
+        if file.get(name, 0) > given.get("epochs", math.inf):
+            void.add(name)
     patch = {"patch_size", "patch_num"}
     if given.keys() & patch:
         void |= patch

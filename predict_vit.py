@@ -166,12 +166,14 @@ def images_of(paths: list[Path], classes: list[str]) -> ImageFolder:
 def print_predictions(classifier: Classifier, images: ImageFolder) -> int:
     """A line of CSV for each image; returns 2 if there were some without, which stderr names.
 
-    A column "image" or "class" is "image_" or "class_" where a class has that name.
+    A column "image" or "class" has a "_" behind its name where a class has that name, or more of them.
     """
     # The names of files can be any bytes, whatever the locale.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
-    own = ("image", "class")
-    own = (f"{name}_" if name in classifier.classes else name for name in own)
+    own = ["image", "class"]
+    for i in range(len(own)):
+        while own[i] in classifier.classes:
+            own[i] += "_"
     print(csv_line([*own, *classifier.classes]))
     status = 0
     for part, logits, broken in classifier.predict(images):

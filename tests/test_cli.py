@@ -358,6 +358,9 @@ def test_what_follows_from_a_changed_parameter_of_args_yaml(tmp_path: Path) -> N
     file.write_text(yaml.safe_dump(config_vit.saved_parameters(resolve_of(**given, **chosen))))
     again = resolve_of(config=file, optimizer="sgd", vt_dim=64, epochs=100)
     assert {name: getattr(again, name) for name in chosen} == chosen
+    file.write_text(yaml.safe_dump({"epochs": 27, "stop_epoch": 9}))  # Hyperband's, of a part
+    assert resolve_of(config=file, epochs=5).stop_epoch is None
+    assert resolve_of(config=file, epochs=10).stop_epoch == 9
     chosen = {"weight_decay": 1e-4, "dim_head": 1, "warmup_epochs": 0}  # and nothing else
     file.write_text(yaml.safe_dump(chosen))
     again = resolve_of(config=file, optimizer="adamw", vt_dim=64, epochs=100)

@@ -261,6 +261,9 @@ def test_the_table_of_odd_names(vit: Path, images: Path, tmp_path: Path) -> None
     assert [*line] == ["image_", "class_", *saved["classes"]] and line["image_"] == str(photo)
     probabilities = {name: float(line[name]) for name in saved["classes"]}
     assert line["class_"] == max(probabilities, key=probabilities.get)
+    save_checkpoint(saved | {"classes": ["image", "image_", "b"]}, False, tmp_path / "odd.pth.tar")
+    _, out, _ = run(tmp_path / "odd.pth.tar", photo)
+    assert [*lines_of(out)[0]] == ["image__", "class", "image", "image_", "b"]
 
 
 def test_an_evaluation_without_an_image_is_refused(vit: Path, images: Path, tmp_path: Path) -> None:
