@@ -37,7 +37,7 @@ class Augmentation:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Augmentation":
-        """That of a run."""
+        """The augmentation that the options of a run ask for."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 

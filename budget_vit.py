@@ -33,10 +33,10 @@ from utils_vit import (
 
 # What PBT may change from one share of a training to the next; the sizes of the model it may not.
 PBT_MAY_CHANGE = {
-    *("lr", "momentum", "weight_decay", "label_smoothing", "clip_grad", "dropout", "emb_dropout"),
-    *("batch_size", "gamma", "flip", "affine", "crop", "color", "randaugment", "erase"),
-    *("mixup", "cutmix", "precision"),  # of auto, which follows from the batch size
-}
+    "lr", "momentum", "weight_decay", "label_smoothing", "clip_grad", "dropout", "emb_dropout",
+    "batch_size", "gamma", "flip", "affine", "crop", "color", "randaugment", "erase", "mixup", "cutmix",
+    "precision",  # of auto, which follows from the batch size
+}  # fmt: skip
 
 
 def continue_earlier(args: argparse.Namespace, data: Data, output: Path) -> list[str]:

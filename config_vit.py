@@ -16,7 +16,8 @@ import utils_vit
 import vit
 from folder_vit import in_one_line
 
-# Defaults of the demo data (no --download-dir): 8x8 pixels, grey.
+# Defaults with --download-dir, and of the demo: 8x8 pixels, grey.
+PHOTOS = {"image_size": 224, "patch_size": 16, "channel": 3}
 DEMO = {"image_size": 16, "patch_size": 4, "channel": 1, "val_split": 0.2}
 LEARNING_RATE = {"adam": 5e-4, "adamw": 5e-4, "sgd": 2e-2, "rmsprop": 2e-4}
 # About one run and its place, not about what is trained: neither in args.yaml nor sampled by NNI.
@@ -24,10 +25,9 @@ NOT_SAVED = {"config", "check", "resume", "auto_resume", "model_dir", "request_f
 # Not every architecture takes these; the default of dim_head is vt_dim / vt_heads.
 ARCH_DEFAULTS = {"dim_head": None, "pool": "cls", "dropout": 0.0, "emb_dropout": 0.0}
 MAY_CHANGE_ON_RESUME = {
-    *("epochs", "stop_epoch", "max_steps", "download_dir", "cache", "cache_dir", "cache_limit"),
-    *("workers", "threads", "gpu", "deterministic"),
-    *("checkpoint_steps", "checkpoint_minutes"),
-}
+    "epochs", "stop_epoch", "max_steps", "download_dir", "cache", "cache_dir", "cache_limit", "workers",
+    "threads", "gpu", "deterministic", "checkpoint_steps", "checkpoint_minutes",
+}  # fmt: skip
 UNSET = object()
 
 
@@ -75,12 +75,11 @@ class Parser(argparse.ArgumentParser):
 
         A nested choice of NNI, {"optimizer": {"_name": "sgd", "momentum": 0.9}}, gives both parameters.
         """
-        actions = {option: action for action in self._actions for option in action.option_strings}
         argv, switched_off, elsewhere = [], {}, NOT_SAVED | {"help"}
         try:
             for name, value in flattened(parameters):
                 option = "--" + str(name).replace("_", "-")
-                action = actions.get(option)
+                action = self._option_string_actions.get(option)
                 if action is None:
                     raise self.unknown(option, elsewhere)
                 if action.dest in elsewhere:
@@ -260,25 +259,21 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
 
 def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Fill in what follows from other parameters; what has no effect becomes None, or an error if given."""
-    demo = DEMO if args.download_dir is None else {}
-    if args.image_size is None:
-        args.image_size = demo.get("image_size", 224)
-    if args.channel is None:
-        args.channel = demo.get("channel", 3)
-    if args.val_split is None:
-        args.val_split = demo.get("val_split")
-    if args.patch_size is None and args.patch_num is None:
-        args.patch_size = demo.get("patch_size", 16)
+    for name, value in (PHOTOS if args.download_dir else DEMO).items():
+        if getattr(args, name) is None and not (name == "patch_size" and args.patch_num):
+            setattr(args, name, value)
     divide_patches(args)
 
-    if args.dont_adjust_learning_rate and args.scheduler not in (None, "constant"):
-        raise UsageError(f"--dont-adjust-learning-rate contradicts --scheduler {args.scheduler}")
     if args.dont_adjust_learning_rate:
+        if args.scheduler not in (None, "constant"):
+            raise UsageError(
+                f"--dont-adjust-learning-rate contradicts --scheduler {args.scheduler}"
+            )
         args.scheduler = "constant"
-    elif args.scheduler is None and args.load_checkpoint_dir and args.gamma is None:
-        args.scheduler = "constant"  # the tuner itself changes the rate, from share to share
-    elif args.scheduler is None:
-        args.scheduler = "step" if args.gamma is not None else "cosine"
+    elif args.scheduler is None and args.gamma is not None:
+        args.scheduler = "step"
+    elif args.scheduler is None:  # PBT changes the rate itself, from share to share
+        args.scheduler = "constant" if args.load_checkpoint_dir else "cosine"
     if args.scheduler == "step" and args.gamma is None:
         raise UsageError("--scheduler step needs --gamma")
     if args.scheduler == "cosine" and args.warmup_epochs is None:
@@ -288,7 +283,7 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
             raise UsageError(
                 f"{name} has no effect under the {args.scheduler} schedule: leave it out"
             )
-    if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
+    if (args.warmup_epochs or 0) > args.epochs:
         raise UsageError(
             f"warmup_epochs {args.warmup_epochs:g} is more than epochs {args.epochs}: give --epochs at "
             f"least {math.ceil(args.warmup_epochs)}"
@@ -315,17 +310,10 @@ def derive(args: argparse.Namespace, given: dict[str, Any]) -> None:
     if args.arch != "vit":
         check_model(args)
 
-    if args.gpu is not None and args.gpu >= (gpus := utils_vit.usable_gpus()):
-        raise UsageError(
-            f"--gpu {args.gpu}: torch sees {gpus} CUDA devices here; "
-            "leave --gpu out to use what there is"
-        )
-    for name in (
-        *("download_dir", "cache_dir", "init_from"),
-        *("load_checkpoint_dir", "save_checkpoint_dir"),
-    ):
-        if (path := getattr(args, name)) is not None:
-            setattr(args, name, path.absolute())
+    for name, value in vars(args).items():
+        # args.yaml may be used from elsewhere.
+        if isinstance(value, Path) and name not in NOT_SAVED:
+            setattr(args, name, value.absolute())
 
 
 def check_budget(args: argparse.Namespace) -> None:

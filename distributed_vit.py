@@ -35,11 +35,6 @@ def rank() -> int:
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
-def local_rank() -> int:
-    """The number of this process on its machine, which is that of its GPU."""
-    return int(os.environ["LOCAL_RANK"])
-
-
 def start() -> None:
     """Connect the processes, by gloo for what is on the CPU and NCCL for what is on a GPU. Raises RankLost."""
     if sys.platform == "linux" and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:

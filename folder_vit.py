@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 IMAGE_EXTENSIONS = {
-    *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".jp2", ".tga"),
-}
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2",
+    ".tga",
+}  # fmt: skip
 LARGEST_FILE = 2**30  # bytes
 
 

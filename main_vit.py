@@ -7,6 +7,7 @@ nnictl create --config config.yml            a search; every trial runs this fil
 import argparse
 import gc
 import io
+import itertools
 import logging
 import math
 import signal
@@ -62,12 +63,10 @@ def main(argv: list[str] | None = None) -> int:
                 raise UsageError("--check takes no other options: they belong into trialCommand")
             return check_vit.check(command_line["check"], parser)
         # NNI is asked for parameters before anything that can fail or take long.
-        trial = nni_vit.Trial() if command_line.get("request_from_nni") and leads else None
-        if trial and trial.inside and distributed_vit.world_size() > 1:
+        trial = nni_vit.Trial(leads and "request_from_nni" in command_line)
+        if trial.inside and distributed_vit.world_size() > 1:
             nni_vit.end_with_grandparent()
-        args = distributed_vit.from_rank_0(
-            lambda: resolve(parser, argv, trial.ask() if trial else None)
-        )
+        args = distributed_vit.from_rank_0(lambda: resolve(parser, argv, trial.ask()))
         # By now NNI has replaced sys.stdout.
         log.handlers = [logging.StreamHandler(sys.stdout) if leads else logging.NullHandler()]
         log.handlers[0].setFormatter(OneLine())
@@ -104,7 +103,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:  # before training, when there is nothing to save
         end_by_signal(signal.SIGINT)
-    return 1
 
 
 class OneLine(logging.Formatter):
@@ -114,17 +112,15 @@ class OneLine(logging.Formatter):
         return printable(super().format(record))
 
 
-def complain(text: str, alone: bool = False) -> None:
-    """Print an error: rank 0 prints what every rank raises, a rank that `alone` knows of it its own."""
+def complain(text: str, alone: bool) -> None:
+    """Print an error: one that every rank raises rank 0 prints, one that this rank `alone` knows of this one."""
     if alone or distributed_vit.rank() == 0:
         print(f"main_vit.py: {text}", file=sys.stderr, flush=True)
     if not alone:
         distributed_vit.wait_for_all()  # torchrun ends all when one ends: rank 0 has printed by then
 
 
-def main_worker(
-    args: argparse.Namespace, trial: nni_vit.Trial | None, until_end: ExitStack
-) -> None:
+def main_worker(args: argparse.Namespace, trial: nni_vit.Trial, until_end: ExitStack) -> None:
     """One run, from the images to results.json.
 
     Of several processes all compute the same, and rank 0 alone writes, logs and reports. No other
@@ -132,7 +128,7 @@ def main_worker(
     """
     args, device, output, data, state = setup_vit.set_up(args, trial, until_end)
     until_end.enter_context(utils_vit.full_disk_of(output))
-    # From here on: an assessor may end a resumed trial while its curve is still being told again.
+    # Caught from here on: while a resumed trial tells NNI its curve again, an assessor may already stop it.
     signals = StopSignals()
     leads = distributed_vit.rank() == 0
     parameters = saved_parameters(args)
@@ -141,9 +137,8 @@ def main_worker(
 
     steps_per_epoch = data.train.steps(args.batch_size)
     last_epoch = args.stop_epoch or args.epochs
-    total_steps, option = last_step(args, steps_per_epoch)
-    if trial:
-        trial.link_tensorboard()
+    total_steps = min(last_epoch * steps_per_epoch, args.max_steps or math.inf)
+    trial.link_tensorboard()
 
     def tell_curve(lines: list[dict[str, Any]]) -> None:
         # One of PBT starts in the middle of a training, after another trial's epochs or none.
@@ -153,8 +148,10 @@ def main_worker(
 
     finished = distributed_vit.from_rank_0(lambda: report_vit.has_results(output, state.step))
     if finished and state.is_done(total_steps):
+        option = "--stop-epoch" if args.stop_epoch else "--epochs"
+        option = "--max-steps" if total_steps == args.max_steps else option
         log.info(f"this run is finished: {output}/results.json; {option} makes it longer")
-        if trial:  # which may have ended before it had told all
+        if leads:  # it may have ended before it had told all
             tell_curve(report_vit.lines_of(output))
             trial.finish(report_vit.final_metrics(args, state.best, output))
         return
@@ -164,8 +161,7 @@ def main_worker(
         utils_vit.replace_file(output / "args.yaml", yaml.safe_dump(parameters).encode())
         done = state.is_done(total_steps)
         recorder = report_vit.Recorder(output, state.step if done else whole_epochs)
-        if trial:
-            tell_curve(recorder.lines)
+        tell_curve(recorder.lines)
         identity = {"args": parameters} | data.identity()
         saver = utils_vit.Saver(output, identity, args.checkpoint_steps, args.checkpoint_minutes)
 
@@ -200,9 +196,8 @@ def main_worker(
             if state.pieces > pieces:
                 log.info(f"memory was short: batches are now taken in {state.pieces} pieces")
             log.info(report_vit.epoch_text(line, last_epoch, is_best))
-            if trial:
-                metrics = report_vit.nni_metrics(line, args.metric)
-                trial.report(line["epoch"], metrics, last=state.is_done(total_steps))
+            metrics = report_vit.nni_metrics(line, args.metric)
+            trial.report(line["epoch"], metrics, last=state.is_done(total_steps))
         results = results_of(state, data, args, device, check_signals, output)
     except Stopped as stopped:
         if leads and not state.is_done(total_steps):
@@ -210,7 +205,7 @@ def main_worker(
         log.info(
             f"stopped at step {state.step}; continue with --resume {output}/checkpoint.pth.tar"
         )
-        if trial and state.best and not args.save_checkpoint_dir:  # PBT goes on from whole shares
+        if state.best and not args.save_checkpoint_dir:  # PBT goes on from whole shares
             trial.finish(report_vit.nni_metrics(state.best, args.metric))
         end_by_signal(*stopped.args)
     if leads:
@@ -219,16 +214,8 @@ def main_worker(
         recorder.close(results)
     for text in report_vit.results_text(results, output):
         log.info(text)
-    if trial:
+    if leads:
         trial.finish(report_vit.final_metrics(args, state.best, output))
-
-
-def last_step(args: argparse.Namespace, steps_per_epoch: int) -> tuple[int, str]:
-    """The optimizer step that the run ends after, and the option that says so."""
-    steps = (args.stop_epoch or args.epochs) * steps_per_epoch
-    if args.max_steps and args.max_steps <= steps:
-        return args.max_steps, "--max-steps"
-    return steps, "--stop-epoch" if args.stop_epoch else "--epochs"
 
 
 def one_epoch(
@@ -276,6 +263,7 @@ def train(
     steps_per_epoch = split.steps(args.batch_size)
     start = state.step - state.epoch * steps_per_epoch
     batches = epoch_batches(state, split, args, device, start)
+    batches = itertools.islice(batches, max(0, total_steps - state.step))
     state.model.train()
     began, images_seen = time.perf_counter(), 0
     for images, targets, soft in tqdm(
@@ -286,8 +274,6 @@ def train(
         leave=False,
         disable=True if distributed_vit.rank() else None,
     ):
-        if state.step >= total_steps:
-            break
         # At the middle of the step: neither the first nor the last one is lost to a rate of 0.
         utils_vit.adjust_learning_rate(
             state.optimizer, (state.step + 0.5) / steps_per_epoch, lr=args.lr,

@@ -26,17 +26,17 @@ log = logging.getLogger("vit.nni")
 class Trial:
     """One NNI trial: its parameters, reports and folder; without NNI {} and reports to nowhere."""
 
-    def __init__(self) -> None:
-        self.inside = "NNI_TRIAL_JOB_ID" in os.environ
+    def __init__(self, asked: bool = True) -> None:
+        """`asked` on rank 0 under --request-from-nni; else it is a trial without NNI."""
+        self.inside = asked and "NNI_TRIAL_JOB_ID" in os.environ
         self.id = os.environ.get("NNI_TRIAL_JOB_ID", "")
         self.sequence_id = int(os.environ.get("NNI_TRIAL_SEQ_ID", "0"))
         self.output_dir = Path(os.environ["NNI_OUTPUT_DIR"]) if self.inside else None
         self._record: dict[str, Any] = {"trial_id": self.id, "sequence_id": self.sequence_id}
         self._finished = False
         self._first_epoch = 1
-        self._last: tuple[int, dict[str, float]] | None = (
-            None  # epoch and metrics that are yet to be told
-        )
+        # Epoch and metrics that are yet to be told.
+        self._last: tuple[int, dict[str, float]] | None = None
         if not self.inside:
             return
         end_with_parent()
@@ -127,7 +127,7 @@ class Trial:
 
     def link_tensorboard(self) -> None:
         """Lets the TensorBoard button of NNI's page find output_dir/tensorboard."""
-        if os.environ.get("NNI_PLATFORM") != "local":
+        if not self.inside or os.environ["NNI_PLATFORM"] != "local":
             return  # the page can show what is on its own machine only
         # 3.0 looks in <experiment>/trials/<id>/output, not in <experiment>/environments/*/trials/<id>.
         link = self.output_dir.parents[3] / "trials" / self.id / "output"
@@ -167,11 +167,11 @@ class Trial:
 
     def _rest(self, path: str) -> Any:
         """What the manager's REST answers, None if nothing or out of reach."""
-        import requests
-
         manager = self._manager()
         if manager is None:
             return None
+        import requests
+
         try:
             answer = requests.get(f"{manager}/api/v1/nni/{path}", timeout=5)
             answer.raise_for_status()
@@ -180,9 +180,9 @@ class Trial:
             return None
 
     def _manager(self) -> str | None:
-        """The address of the manager, http://HOST:PORT with its url prefix; None in Kubernetes."""
+        """The address of the manager, http://HOST:PORT with its url prefix; None without one."""
         channel = os.environ.get("NNI_TRIAL_COMMAND_CHANNEL")
-        if channel is None:  # parameters and results are files there, a folder for each trial
+        if channel is None or not self.inside:  # in Kubernetes parameters and results are files
             return None
         # On another machine the channel leads to a keeper of trials, which knows where the manager is.
         # Every start of the manager starts a keeper in a folder of its own: the newest is ours.

@@ -16,7 +16,7 @@ from options_vit import make_parser
 
 def output_folder(
     args: argparse.Namespace,
-    trial: nni_vit.Trial | None,
+    trial: nni_vit.Trial,
     undecided: set[str],
     until_end: ExitStack,
 ) -> Path:
@@ -26,8 +26,7 @@ def output_folder(
     `undecided`: sets args.resume and those. Raises UsageError if the folder cannot be written, is in use,
     or holds another run.
     """
-    in_nni = trial is not None and trial.inside
-    if in_nni:
+    if trial.inside:
         folder = trial.output_dir
     elif args.resume:
         folder = args.resume.parent
@@ -48,9 +47,9 @@ def output_folder(
             f"output folder {folder}: its name is not UTF-8; give --model-dir another"
         ) from None
     # After the death of NNI's manager the same trial may still be saving in its earlier process.
-    patience = 30 if in_nni else 0
+    patience = 30 if trial.inside else 0
     try:
-        if in_nni or args.resume or args.model_dir:
+        if trial.inside or args.resume or args.model_dir:
             until_end.enter_context(hold_folder(folder, patience))
         else:
             folder = hold_new_folder(folder, until_end)
@@ -67,7 +66,7 @@ def output_folder(
     kept = (folder / name for name in (utils_vit.LAST, utils_vit.PREVIOUS, utils_vit.BEST))
     if not args.resume and any(map(Path.exists, kept)):
         # `nnictl resume` starts trials in flight again, in the folder that holds their checkpoint.
-        if not (in_nni or args.auto_resume):
+        if not (trial.inside or args.auto_resume):
             raise UsageError(
                 f"{folder} holds a run already: continue it with --resume {checkpoint} or "
                 "--auto-resume, or give --model-dir another folder"
@@ -87,7 +86,7 @@ def output_folder(
         if changes := differences(saved, saved_parameters(args)):
             raise UsageError(f"{folder} holds a run with other parameters: {changes}")
         args.resume = checkpoint
-    elif not (args.resume or in_nni) and (folder / "results.json").exists():
+    elif not (args.resume or trial.inside) and (folder / "results.json").exists():
         raise UsageError(
             f"{folder} holds the results of a run without its checkpoints: give --model-dir another folder"
         )

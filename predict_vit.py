@@ -29,7 +29,7 @@ import setup_vit
 import step_vit
 import utils_vit
 import vit
-from config_vit import ARCH_DEFAULTS, Parser, UsageError, expanded_path, model_sizes
+from config_vit import Parser, UsageError, expanded_path, model_sizes
 from data_vit import Split, batches
 from folder_vit import (
     IMAGE_EXTENSIONS,
@@ -100,7 +100,7 @@ class Classifier(nn.Module):
         saved = utils_vit.load_checkpoint(file)
         parser = make_parser()
         parameters = parser.given_by(str(file), saved["args"])
-        self.args = argparse.Namespace(**parser.with_defaults(ARCH_DEFAULTS | parameters))
+        self.args = argparse.Namespace(**parser.with_defaults(parameters))
         self.classes: list[str] = saved["classes"]
         self.device = torch.device("cuda", 0) if utils_vit.usable_gpus() else torch.device("cpu")
         if self.device.type == "cuda":

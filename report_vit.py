@@ -168,7 +168,7 @@ def epoch_text(line: dict[str, Any], epochs: int, is_best: bool) -> str:
 
 
 def final_metrics(args: Any, best: dict[str, Any], output: Path) -> dict[str, float]:
-    """What NNI is told of the model that others take from this run: the best, but for PBT the last."""
+    """The final metrics for NNI: the best epoch's; under PBT the last one's, which the next trial goes on from."""
     line = lines_of(output)[-1] if args.save_checkpoint_dir else best
     return nni_metrics(line, args.metric)
 

@@ -30,18 +30,18 @@ from utils_vit import CheckpointError, TrainingState
 
 
 def set_up(
-    args: argparse.Namespace, trial: nni_vit.Trial | None, until_end: ExitStack
+    args: argparse.Namespace, trial: nni_vit.Trial, until_end: ExitStack
 ) -> tuple[argparse.Namespace, torch.device, Path, data_vit.Data, TrainingState]:
     """All that training needs; the parameters come back complete, and the same on all ranks."""
     decided_here = {"precision": "auto", "threads": None}
     undecided = {name for name, value in decided_here.items() if getattr(args, name) == value}
-    concurrency = distributed_vit.from_rank_0(lambda: trial.concurrency() if trial else 1)
+    concurrency = distributed_vit.from_rank_0(trial.concurrency)
     device = distributed_vit.together(lambda: choose_device(args, trial, concurrency))
     output, args = distributed_vit.from_rank_0(
         lambda: (output_folder(args, trial, undecided, until_end), args)
     )
     torch.set_num_threads(args.threads)
-    data = distributed_vit.together(lambda: open_data(args, concurrency))
+    data = distributed_vit.together(lambda: open_images(args, concurrency))
     everywhere = distributed_vit.all_gather((device.type, data.fingerprints))
     for rank, (kind, others) in enumerate(everywhere):
         if kind != device.type:  # they would wait for each other's messages on another device
@@ -59,7 +59,9 @@ def set_up(
     )
     state = make_state(args, device)
     if args.resume:
-        notes += continue_run(state, args.resume, data)
+        saved, note = distributed_vit.from_rank_0(lambda: load_run(args.resume, data))
+        state.load_state_dict(saved)
+        notes += [note] if note else []
     elif args.load_checkpoint_dir:
         notes += budget_vit.continue_member(state, args, data)
     if args.init_from and not state.step:
@@ -73,7 +75,7 @@ def set_up(
 
 
 def choose_device(
-    args: argparse.Namespace, trial: nni_vit.Trial | None = None, concurrency: int = 1
+    args: argparse.Namespace, trial: nni_vit.Trial, concurrency: int = 1
 ) -> torch.device:
     """The device of the run, ready to compute on: with its number of threads and its kind of algorithms.
 
@@ -103,7 +105,7 @@ def choose_device(
     return device
 
 
-def choose_gpu(args: argparse.Namespace, trial: nni_vit.Trial | None) -> int | None:
+def choose_gpu(args: argparse.Namespace, trial: nni_vit.Trial) -> int | None:
     """The number of the GPU of this process, None if there is no GPU. Raises UsageError."""
     gpus, ranks = utils_vit.usable_gpus(), distributed_vit.world_size()
     if ranks > 1 and args.gpu is not None:
@@ -113,15 +115,24 @@ def choose_gpu(args: argparse.Namespace, trial: nni_vit.Trial | None) -> int | N
             f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes, but torch sees {gpus} GPUs: "
             f"--nproc-per-node {gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
+    if args.gpu is not None:
+        check_gpu(args.gpu)
+        return args.gpu
     if gpus == 0:
         return None
-    if args.gpu is not None:
-        return args.gpu
     if ranks > 1:
-        return distributed_vit.local_rank()
-    if trial is None or not trial.inside or gpus == 1:
+        return int(os.environ["LOCAL_RANK"])
+    if not trial.inside or gpus == 1:
         return 0
     return nni_vit.least_used_gpu(trial.output_dir.parent, trial.sequence_id, gpus)
+
+
+def check_gpu(number: int) -> None:
+    """Raises UsageError if this machine has no such GPU."""
+    if number >= (gpus := utils_vit.usable_gpus()):
+        raise UsageError(
+            f"--gpu {number}: torch sees {gpus} CUDA devices here; leave --gpu out to use what there is"
+        )
 
 
 def start_gpu(device: torch.device, deterministic: bool = False) -> None:
@@ -176,7 +187,7 @@ def computes_in(precision: str, device: torch.device) -> bool:
     return any(capabilities.get(name) for name in CPU_INSTRUCTIONS[precision])
 
 
-def open_data(args: argparse.Namespace, concurrency: int = 1) -> data_vit.Data:
+def open_images(args: argparse.Namespace, concurrency: int = 1) -> data_vit.Data:
     """The images of --download-dir, or the demo, on the GPU that was chosen if they fit; sets args.num_classes.
 
     Raises DataError, and UsageError where --metric auc lacks a class in validation.
@@ -246,20 +257,10 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainingState:
     return TrainingState(model, optimizer, args.moving_average_decay, args.precision == "float16")
 
 
-def continue_run(state: TrainingState, file: Path, data: data_vit.Data) -> list[str]:
-    """--resume: the whole state of a checkpoint; returns what the log should say of it.
-
-    Raises CheckpointError if it is of another run.
-    """
-    saved, note = distributed_vit.from_rank_0(lambda: load_run(file, data))
-    state.load_state_dict(saved)
-    return [note] if note else []
-
-
 def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | None]:
-    """A checkpoint that a run with these data can go on with, and what to say of it.
+    """--resume: the checkpoint that a run with these data goes on with, and what the log should say of it.
 
-    If it is another than the last one it takes the place of that.
+    If it is another than the last one it takes the place of that. Raises CheckpointError.
     """
     saved, source, note = utils_vit.load_newest(file)
     if others := data.mismatch(saved):  # it may have been trained on what it would be selected on

@@ -1,9 +1,8 @@
 """How a run ends before its time: by a signal, or by what it cannot go on from."""
 
 import logging
-import os
 import signal
-from typing import Any
+from typing import Any, NoReturn
 
 
 class Stopped(Exception):
@@ -33,8 +32,8 @@ class StopSignals:
         self.received = signum
 
 
-def end_by_signal(signum: int) -> None:
+def end_by_signal(signum: int) -> NoReturn:
     """End as the signal would have: shells see status 130, 143 or 129, NNI shows the trial as canceled."""
     logging.shutdown()
     signal.signal(signum, signal.SIG_DFL)
-    os.kill(os.getpid(), signum)
+    signal.raise_signal(signum)

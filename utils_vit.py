@@ -30,9 +30,9 @@ LAST, PREVIOUS, BEST = "checkpoint.pth.tar", "previous.pth.tar", "model_best.pth
 
 
 def usable_gpus() -> int:
-    """The number of CUDA devices; torch.cuda.device_count also counts those whose driver is too old for it.
+    """The number of CUDA devices that torch can use.
 
-    Of GPUs in MIG mode that counts the cards; CUDA takes one slice.
+    torch.cuda.device_count also counts GPUs whose driver is too old, and whole cards where MIG has split them.
     """
     return torch._C._cuda_getDeviceCount() if torch.cuda.is_available() else 0
 
@@ -289,9 +289,8 @@ class TrainingState:
         self.best = state["best"]
         if state.get("scaler"):  # empty under other precisions, which one of PBT may go on from
             self.scaler.load_state_dict(state["scaler"])
-        self.pieces = state.get(
-            "pieces", 1
-        )  # with another number, sums would be taken in another order
+        # With another number, sums would be taken in another order.
+        self.pieces = state.get("pieces", 1)
         self.outputs = [tuple(t.to(device) for t in step) for step in unpacked(state["outputs"])]
 
 

@@ -47,8 +47,8 @@ class FeedForward(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention: (batch, tokens, dim) -> (batch, queries, dim).
 
-    `queries` says how many of the first tokens ask, all by default; every token is asked. `dropout` is
-    on weights and output.
+    Only the first `queries` tokens (default: all) are queries; keys and values come from all tokens.
+    `dropout` is on weights and output.
     """
 
     def __init__(

@@ -165,13 +165,14 @@ def main(argv: list[str] | None = None) -> int:
 def chosen_precision(size: dict[str, int]) -> str:
     """What main_vit.py computes a model of this size in on this device."""
     import main_vit
+    import nni_vit
     import setup_vit
     from config_vit import resolve
 
     sizes = ["--image-size", size["image_size"], "--patch-num", size["patch_num"]]
     sizes += ["--vt-dim", size["dim"], "--batch-size", size["batch_size"]]
     args = resolve(main_vit.make_parser(), [str(word) for word in sizes])
-    setup_vit.choose_device(args, None)
+    setup_vit.choose_device(args, nni_vit.Trial(False))
     return args.precision
 
 

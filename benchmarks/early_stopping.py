@@ -25,6 +25,7 @@ from harness import REPOSITORY, Parser, goals_table, table
 from timed import hardware
 
 import main_vit
+import nni_vit
 import setup_vit
 from config_vit import resolve
 
@@ -72,8 +73,8 @@ class Trainings:
     def train(self, parameters: dict[str, Any]) -> Iterator[float]:
         """Epoch for epoch what a trial reports, by the functions that a trial runs."""
         args = resolve(main_vit.make_parser(), self.options, parameters)
-        device = setup_vit.choose_device(args, None)
-        data = setup_vit.open_data(args)
+        device = setup_vit.choose_device(args, nni_vit.Trial(False))
+        data = setup_vit.open_images(args)
         state = setup_vit.make_state(args, device)
         total_steps = args.epochs * -(-len(data.train) // args.batch_size)
         for state.epoch in range(args.epochs):

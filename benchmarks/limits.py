@@ -41,12 +41,13 @@ KINDS = {
 def make(options: str, device: str, precision: str = "auto") -> tuple[Any, argparse.Namespace]:
     """The training state of a configuration, as main_vit.py makes it, and its parameters."""
     import main_vit
+    import nni_vit
     import setup_vit
     from config_vit import resolve
 
     argv = [*options.split(), "--num-classes", "2", "--precision", precision]
     args = resolve(main_vit.make_parser(), argv)
-    chosen = setup_vit.choose_device(args, None)
+    chosen = setup_vit.choose_device(args, nni_vit.Trial(False))
     assert chosen.type == device, "CUDA_VISIBLE_DEVICES is set before torch is imported"
     state = setup_vit.make_state(args, chosen)
     state.model.train()
@@ -121,7 +122,7 @@ def data_share(
     state, args = make(options, device)
     with tempfile.TemporaryDirectory() as cache:
         args.cache_dir = Path(cache)
-        found = setup_vit.open_data(args)  # and keeps the file open
+        found = setup_vit.open_images(args)  # and keeps the file open
     target_device = next(state.model.parameters()).device
     steps = min(steps, len(found.train) // args.batch_size)
     # Of images without colour both have one channel.

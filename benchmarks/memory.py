@@ -25,11 +25,11 @@ TIMES = (1, 4, 16)
 PROCESS = """
 import json, sys
 from pathlib import Path
-import setup_vit, main_vit, step_vit
+import setup_vit, main_vit, nni_vit, step_vit
 from config_vit import resolve
 args = resolve(main_vit.make_parser(), sys.argv[2:])
-device = setup_vit.choose_device(args, None)
-data = setup_vit.open_data(args)
+device = setup_vit.choose_device(args, nni_vit.Trial(False))
+data = setup_vit.open_images(args)
 state = setup_vit.make_state(args, device)
 for state.epoch in range(int(sys.argv[1])):
     for images, targets, soft in main_vit.epoch_batches(state, data.train, args, device):

@@ -55,7 +55,7 @@ after(setup_vit, "choose_device", "device, cores")
 after(setup_vit, "output_folder", "output folder")
 after(data_vit, "read_image_folder", "list the images")
 after(data_vit, "decode_folder", "open the cache")
-after(setup_vit, "open_data", "split")
+after(setup_vit, "open_images", "split")
 import vit
 after(vit, "build_model", "model")
 after(setup_vit, "make_state", "optimizer")

@@ -454,6 +454,8 @@ def test_patches_too_large_for_the_images(check) -> None:
         f"# it's a comment; exit\n{COMMAND} --cache-dir 'a # b' --cache-dir a#b # | tee 'x",
         f"{COMMAND} --cache-dir 'a*' --cache-dir \"b?{{c,d}}\" --cache-dir \\[e]",
         f"{{ cd -P tests && cd -- ..; }} && {COMMAND}",
+        f"exec {COMMAND} --cache=off>/dev/null 2>&1",
+        rf"""exec {COMMAND} --cache-dir "a\$b" --epochs=2>>/dev/null""",
     ],
 )
 def test_ways_to_run_the_trial(check, command: str) -> None:
@@ -616,6 +618,19 @@ def test_a_program_that_cannot_be_told_is_no_error(check, command: str) -> None:
 
 
 # --- GPUs ----------------------------------------------------------------------------------------
+
+
+def test_a_gpu_in_the_search_space(check, monkeypatch) -> None:
+    """It is this machine's that count, but where trials run on others."""
+    monkeypatch.setattr(utils_vit, "usable_gpus", lambda: 1)
+    space = {"gpu": choice(0, 1)}
+    (error,) = findings(check(searchSpace=space), "error")
+    assert error.startswith("--gpu 1: torch sees 1 CUDA devices here")
+    machine = {"host": "worker", "user": "me", "password": "none"}
+    remote = {"platform": "remote", "machineList": [machine]}
+    far = check(searchSpace=space, trainingService=remote, nniManagerIp="10.0.0.1")
+    assert not findings(far, "error")
+
 
 GPU_CASES = [
     # GPUs here, trialGpuNumber, trainingService, --gpu, errors, warnings

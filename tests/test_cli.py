@@ -267,7 +267,7 @@ def test_momentum_for_adam_is_fine() -> None:
         "--momentum -0.1", "--weight-decay -1", "--label-smoothing 2", "--optimizer lion",
         "--moving-average-decay 1", "--seed -1", "--pool max", "--precision half", "--metric f1",
         "--scheduler linear", "--flip up", "--workers 0", "--clip-grad inf", "--gpu -1",
-        "--gpu 64", "--epoch 3", "epochs",
+        "--epoch 3", "epochs",
     ],
 )  # fmt: skip
 def test_values_out_of_range(option: str) -> None:

@@ -21,9 +21,9 @@ import torch
 from nni_tools import REPOSITORY, Experiment, experiment, free_port, read_config
 from test_survival import TINY, differing
 
-import check_command_vit
 import data_vit
 import main_vit
+from check_vit.command import hides_signals
 from utils_vit import load_checkpoint
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun")]
@@ -223,8 +223,8 @@ def test_parts_make_the_batch(ranks: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_torchrun_lets_signals_through() -> None:
     for command in ("torchrun --standalone main_vit.py", "torchrun -m main_vit --gpu 0"):
-        assert check_command_vit.hides_signals(command) is None
-    assert check_command_vit.hides_signals("torchrun -m main_vit; echo done") == "; echo done"
+        assert hides_signals(command) is None
+    assert hides_signals("torchrun -m main_vit; echo done") == "; echo done"
 
 
 # --- resumed, stopped, killed ------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import main_vit
+import nni_vit
 import output_vit
 import setup_vit
 import utils_vit
@@ -272,7 +273,7 @@ def test_deterministic_is_set_before_cuda_starts(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         for options, on in (([], False), (["--deterministic"], True)):
-            setup_vit.choose_device(resolve(main_vit.make_parser(), options), None)
+            setup_vit.choose_device(resolve(main_vit.make_parser(), options), nni_vit.Trial(False))
             assert torch.are_deterministic_algorithms_enabled() == on
             assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if on else None)
             assert not torch.cuda.is_initialized()
@@ -291,7 +292,9 @@ def test_attention_that_is_left_out_on_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     try:
         for options, expected in (([], [*before[:2], False]), (["--deterministic"], [False] * 3)):
             with pytest.raises(UsageError, match="cannot compute on cuda:0: "):
-                setup_vit.choose_device(resolve(main_vit.make_parser(), options), None)
+                setup_vit.choose_device(
+                    resolve(main_vit.make_parser(), options), nni_vit.Trial(False)
+                )
             assert enabled() == expected
     finally:
         torch.use_deterministic_algorithms(False)
@@ -314,7 +317,7 @@ def test_a_small_model_is_float32_on_a_cpu(
     monkeypatch.setattr(utils_vit, "usable_gpus", lambda: 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     args = resolve(main_vit.make_parser(), ["-s", "16", "-b", "32", *sizes])
-    setup_vit.choose_device(args, None)
+    setup_vit.choose_device(args, nni_vit.Trial(False))
     assert args.precision == expected
 
 
@@ -361,6 +364,6 @@ def test_trials_share_the_memory_of_their_gpu(
     argv = ["--download-dir", str(image_folder), "-s", "8", "-p", "4"]
     args = resolve(main_vit.make_parser(), [*argv, "--cache-dir", str(tmp_path / "cache")])
     for concurrency in (1, 2, 3, 6):
-        setup_vit.open_data(args, concurrency)
-    setup_vit.open_data(args)
+        setup_vit.open_images(args, concurrency)
+    setup_vit.open_images(args)
     assert parts == [600, 600, 300, 200, 600]

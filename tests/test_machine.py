@@ -136,7 +136,7 @@ def test_threads_that_decode(
     monkeypatch.setattr(setup_vit.data_vit, "decode_folder", noted)
     where = ["--download-dir", str(image_folder), "--cache-dir", str(tmp_path / "cache")]
     args = resolve(main_vit.make_parser(), [*where, "-s", "8", "-p", "4", *options])
-    setup_vit.open_data(args)
+    setup_vit.open_images(args)
     assert set(given) == {expected}
 
 

@@ -22,7 +22,7 @@ from nni_tools import REPOSITORY, Experiment, experiment, free_port
 from test_survival import TINY
 
 import nni_vit
-from check_command_vit import hides_signals
+from check_vit.command import hides_signals
 from nni_vit import finite
 
 SPACE = {"a": {"_type": "uniform", "_value": [0, 1]}}

@@ -15,8 +15,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import check_space_vit
 import check_vit
+import check_vit.space
 import config_vit
 import main_vit
 from config_vit import NOT_SAVED, UsageError, resolve
@@ -414,7 +414,7 @@ def test_no_source_sets_what_belongs_on_the_command_line(times: int) -> None:
 
 @pytest.mark.parametrize("in_file", [False, True], ids=["inline", "file"])
 def test_experiments(times: int, folder: Path, monkeypatch, in_file: bool) -> None:
-    for module in (check_vit, check_space_vit):  # enough for what is looked for here
+    for module in (check_vit, check_vit.space):  # enough for what is looked for here
         monkeypatch.setattr(module, "LIMIT", 20)
 
     @for_all(70 * times, content=experiments())

@@ -9,7 +9,7 @@ Deep Neural Networks, ICML 2015.
 from typing import Any
 
 import numpy as np
-from robust_tuner import Robust, seed_after
+from robust_tuner import RANGES, Robust, seed_after
 
 try:
     from nni.algorithms.hpo import dngo_tuner as nni_dngo
@@ -25,7 +25,7 @@ random_config = nni_dngo._random_config
 class Dngo(Robust, nni_dngo.DNGOTuner):
     """Spaces of numbers only. The model is asked from `trials_per_update` results on."""
 
-    types = ("choice", "randint", "uniform", "quniform", "loguniform", "qloguniform")
+    types = ("choice", "randint", *RANGES)
     numbers_only = True
 
     def __init__(
@@ -69,9 +69,8 @@ class Dngo(Robust, nni_dngo.DNGOTuner):
         self._replay_fitting([(parameters, self._sign * value) for parameters, value in known])
 
     def _tell(self, parameter_id: int, parameters: dict[str, Any], value: float) -> None:
-        if (
-            place := self._failed.pop(parameter_id, None)
-        ) is not None:  # its result came after its end
+        place = self._failed.pop(parameter_id, None)
+        if place is not None:  # its result came after its end
             del self.x[place], self.y[place], self._values[place]
             self._failed = {i: other - (other > place) for i, other in self._failed.items()}
         # NNI's expects an improvement over 0.95, whatever the metric is: that is made the best so far.

@@ -19,7 +19,7 @@ from nni.algorithms.hpo.gridsearch_tuner import GridSearchTuner
 from nni.algorithms.hpo.metis_tuner import MetisTuner
 from nni.algorithms.hpo.metis_tuner import lib_acquisition_function as metis_library
 from nni.algorithms.hpo.metis_tuner.Regression_GP import CreateModel as metis_model
-from robust_tuner import Robust, seed_after
+from robust_tuner import RANGES, Robust, seed_after
 
 # NNI's Metis fits five models a suggestion, each from 250 starting points: minutes for a few keys.
 metis_process = functools.partial(metis_model.create_model, n_restarts_optimizer=5)
@@ -129,7 +129,7 @@ class Evolution(Robust, EvolutionTuner):
 class GP(Robust, GPTuner):
     """NNI's ends the search at a result that is not finite; spaces of numbers only."""
 
-    types = ("choice", "randint", "uniform", "quniform", "loguniform", "qloguniform")
+    types = ("choice", "randint", *RANGES)
     numbers_only = True
 
     def __init__(self, optimize_mode: str = "maximize", seed: int | None = None, **kwargs: Any):

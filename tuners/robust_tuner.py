@@ -17,9 +17,8 @@ from nni.runtime.env_vars import dispatcher_env_vars
 from nni.tuner import Tuner
 
 log = logging.getLogger("nni.vit_tuners")
-NUMBERS = tuple(
-    q + log + kind for kind in ("uniform", "normal") for log in ("", "log") for q in ("", "q")
-)
+RANGES = ("uniform", "quniform", "loguniform", "qloguniform")
+NUMBERS = (*RANGES, "normal", "qnormal", "lognormal", "qlognormal")
 ENDED = {"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from check_space_vit import error_text
+from check_vit.space import error_text
 from config_vit import UsageError, read_yaml
 
 

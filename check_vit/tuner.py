@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from check_experiment_vit import Findings, quiet
-from check_space_vit import Sample, error_text
+from check_vit.experiment import Findings, quiet
+from check_vit.space import Sample, error_text
 from config_vit import Parser
 from report_vit import METRICS
 
@@ -140,7 +140,7 @@ def replaced(config: Any, class_name: str, reason: str) -> str:
 
 def instead_of(config: Any, class_name: str) -> str:
     """What to write to get one of ours."""
-    tuners = os.path.realpath(Path(__file__).parent / "tuners")
+    tuners = os.path.realpath(Path(__file__).parents[1] / "tuners")
     folder = os.path.relpath(tuners, os.path.realpath(config._base_path))
     return (
         f"in place of its name give codeDirectory: {folder} (from where the file is) and "

@@ -3,10 +3,7 @@
 import itertools
 import os
 import re
-import shlex
 import subprocess
-from argparse import ArgumentParser
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,17 +11,25 @@ from config_vit import Parser, UsageError
 from folder_vit import printable
 
 QUOTED = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\."""
-COMMENT = re.compile(rf"(?P<kept>{QUOTED})|(?<![^\s;&|()])#[^\n]*", re.DOTALL)
-TO = r"(?<!\S)(&|\d*)[<>]+&?\s*"  # "> log", "2>&1"
-REDIRECTION = re.compile(rf"(?P<kept>{QUOTED})|{TO}({QUOTED}|[^\s;|&])+", re.DOTALL)
-# What bash takes as it stands, and what it computes, but $NAME and ${NAME}; outside and inside of "".
-WITHIN = r"\\.|`[^`]*`|\$\(([^()]|\([^)]*\))*\)|\$\{\w*[^\w}][^}]*\}|\$[\d@*#?!$-]"
-COMPUTED_WITHIN = re.compile(WITHIN, re.DOTALL)
-FILES = r"[*?]|\[[^\]\s]+\]|\{[^{}\s]*(?:,|\.\.)[^{}\s]*\}"  # x*, [ab], {a,b}, {1..3}
-COMPUTED = re.compile(rf"""'[^']*'|"(?:\\.|[^"\\])*"|{WITHIN}|{FILES}""", re.DOTALL)
+PARENTHESES = r"\((?:[^()]|\([^)]*\))*\)"
+TOKEN = re.compile(
+    r"""(?P<comment>(?<![^\s;&|()])#[^\n]*)|(?P<redirection>&?\d*[<>]+(?!\()&?)|(?P<control>[;&|\n]+)"""
+    rf"""|(?P<group>[()])|(?P<word>([$<>]{PARENTHESES}|\$\{{[^}}]*\}}|`[^`]*`|{QUOTED}|[^\s;&|<>()\\'"])+)"""
+    r"""|(?P<unclosed>['"])""",
+    re.DOTALL,
+)
+# The pieces of a word: what only bash can compute, variables and, outside of "", quotes and names of files.
+COMPUTED = rf"(?P<computed>`[^`]*`|\${PARENTHESES}|\$\{{\w*[^\w}}][^}}]*\}}|\$[\d@*#?!$-])"
+VARIABLE = r"\$(?P<name>\w+)|\$\{(?P<braced>\w+)\}"
+WITHIN = re.compile(rf"""\\(?P<escaped>[$`"\\])|{COMPUTED}|{VARIABLE}""")
+PIECE = re.compile(
+    rf"""'(?P<single>[^']*)'|"(?P<double>(?:\\.|[^"\\])*)"|\\(?P<escaped>.)|{COMPUTED}|{VARIABLE}"""
+    r"""|(?P<files>[*?]|\[[^\]\s]+\]|\{[^{}\s]*(?:,|\.\.)[^{}\s]*\})""",  # x*, [ab], {a,b}, {1..3}
+    re.DOTALL,
+)
 # Set by bash itself, which this process does not have.
 OF_BASH = ("RANDOM", "SRANDOM", "SECONDS", "UID", "EUID", "PPID", "HOSTNAME", "OLDPWD")
-UNKNOWN, DOLLAR = "\ue000", "\ue001"  # in place of what only bash will know, and of a $ that stays
+UNKNOWN = "\ue000"  # in place of what only bash will know
 # What may stand before a program, and commands that change nothing about which programs there are.
 AHEAD = re.compile(r"exec|command|time|[!{]|\w+\+?=.*", re.DOTALL)
 HARMLESS = {"cd", "echo", "export", "mkdir", "sleep", "ulimit"}
@@ -43,47 +48,42 @@ class Call(NamedTuple):
 
 def without_comments(command: str) -> str:
     """The command without comments: words that begin with #, and the rest of their lines."""
-    return COMMENT.sub(kept_or(""), command)
-
-
-def kept_or(other: str) -> Callable[[re.Match[str]], str]:
-    """For re.sub: what is quoted stays, in place of the rest comes `other`."""
-    return lambda match: match["kept"] or other
+    return TOKEN.sub(lambda token: "" if token["comment"] else token[0], command)
 
 
 def trial_call(command: str, folder: Path) -> Call:
     """What bash makes of a trialCommand in `folder`. Raises UsageError if it does not run main_vit.py."""
 
-    def as_bash(match: re.Match[str]) -> str:
-        text = match[0]
-        if text[0] == '"':
-            return f'"{COMPUTED_WITHIN.sub(as_bash, text[1:-1])}"'
-        return text.replace("$", DOLLAR) if text[0] in "'\\" else UNKNOWN
+    def piece(match: re.Match[str]) -> str:
+        text = match[match.lastgroup]
+        match match.lastgroup:
+            case "single" | "escaped":
+                return text
+            case "double":
+                return WITHIN.sub(piece, text)
+            case "name" | "braced":
+                later = (
+                    text in OF_BASH or text.startswith("NNI_") or re.search(rf"\b{text}=", command)
+                )
+                # One that nobody sets stays as it is, and is named in the error that this leads to.
+                values = {**os.environ, "PWD": str(now)}
+                return values.get(text, UNKNOWN if later else match[0])
+        return UNKNOWN
 
-    def variable(match: re.Match[str]) -> str:
-        name = match[1]
-        later = name in OF_BASH or name.startswith("NNI_") or re.search(rf"\b{name}=", command)
-        # One that nobody sets stays as it is, and is named in the error that this leads to.
-        values = {**os.environ, "PWD": str(now)}
-        return values.get(name, UNKNOWN if later else match[0])
-
-    def filled_in(word: str) -> str:
-        return re.sub(r"\$\{?(\w+)\}?", variable, word).replace(DOLLAR, "$")
-
-    plain = COMPUTED.sub(as_bash, without_comments(command))
-    plain = REDIRECTION.sub(kept_or(" "), plain.replace("\\\n", " ").replace("\n", " ; "))
-    lexer = shlex.shlex(plain, posix=True, punctuation_chars=";&|()")
-    lexer.whitespace_split, lexer.commenters = True, ""
-    try:
-        words = [*lexer]
-    except ValueError as error:
-        raise UsageError(f"{error}: {command}") from None
+    calls: list[list[str]] = [[]]
+    is_target = False  # of a redirection
+    for token in TOKEN.finditer(command.replace("\\\n", " ")):
+        if token["unclosed"]:
+            raise UsageError(f"No closing quotation: {command}")
+        if token["word"] and not is_target:
+            calls[-1].append(token[0])
+        elif token["control"] or token["group"]:
+            calls.append([])
+        is_target = token["redirection"] is not None
     now, unknown, others = folder, False, False
     certain = not re.search(r"\bPATH\b|\|\|", command)  # which program it will be
-    for separator, group in itertools.groupby(words, lambda w: w != "" and set(w) <= set(";&|()")):
-        if separator:
-            continue
-        part = [filled_in(word) for word in group]
+    for words in calls:
+        part = [PIECE.sub(piece, word) for word in words]
         call = [*itertools.dropwhile(AHEAD.fullmatch, part)]
         if call[:1] == ["cd"]:
             target = [word for word in call[1:] if not re.fullmatch("-[LPe]+|--", word)] or ["~"]
@@ -129,7 +129,7 @@ def no_program(call: Call) -> list[str]:
 
 def known_arguments(argv: list[str], parser: Parser) -> tuple[list[str], set[str]]:
     """`argv` less what bash has yet to put in, and the parameters that this sets; "" is any of them."""
-    actions = {option: action for action in parser._actions for option in action.option_strings}
+    actions = parser._option_string_actions
     known: list[str] = []
     unclear = set()
     for word in argv:
@@ -144,13 +144,6 @@ def known_arguments(argv: list[str], parser: Parser) -> tuple[list[str], set[str
     return known, unclear
 
 
-def without_gpu(argv: list[str]) -> list[str]:
-    """`argv` less --gpu, which is about this machine: an error about it should not hide those about samples."""
-    only_gpu = ArgumentParser(add_help=False, allow_abbrev=False)
-    only_gpu.add_argument("--gpu")
-    return only_gpu.parse_known_args(argv)[1]
-
-
 # --- what gets NNI's SIGINT -----------------------------------------------------------------------
 
 # torchrun passes the signal on to the processes that it started.
@@ -158,11 +151,6 @@ PYTHON = re.compile(r"""(^|[/"'])(python[\d.]*|torchrun)["']?$|\.py["']?$""")
 SHELL = re.compile(r"""(^|/)(ba|da|z|k)?sh$|\.sh["']?$""")
 BASH_C = re.compile(
     r"""(\S*/)?bash (-\w+ )*-\w*c\w* ('(?P<single>[^']*)'|"(?P<double>(\\.|[^"\\])*)")(?!\S)""",
-    re.DOTALL,
-)
-TOKEN = re.compile(
-    r"""(?P<redirection>&?\d*[<>]+(?!\()&?)|(?P<control>[;&|\n]+)|(?P<group>[()])"""
-    r"""|(?P<word>([$<>]\(([^()]|\([^)]*\))*\)|\\.|'[^']*'|"(\\.|[^"\\])*"|[^\s;&|<>()\\'"])+)""",
     re.DOTALL,
 )
 

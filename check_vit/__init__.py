@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 import data_vit
+import setup_vit
 import utils_vit
 from budget_vit import PBT_MAY_CHANGE
-from check_command_vit import hides_signals, known_arguments, no_program, trial_call, without_gpu
-from check_experiment_vit import Findings, load_experiment, quiet
-from check_space_vit import (
+from check_vit.command import hides_signals, known_arguments, no_program, trial_call
+from check_vit.experiment import Findings, load_experiment, quiet
+from check_vit.space import (
     LIMIT,
     Sample,
     Variants,
@@ -26,10 +27,9 @@ from check_space_vit import (
     spec_errors,
     values_text,
 )
-from check_tuner_vit import check_algorithm, check_assessor, check_tuner, is_batch
+from check_vit.tuner import check_algorithm, check_assessor, check_tuner, is_batch
 from config_vit import Parser, UsageError, resolve
 from folder_vit import DataError, in_one_line, not_decoded, printable, size_time_problem
-from utils_vit import CheckpointError
 
 SHOWN = 5  # messages of a kind that are printed
 LARGE_PATCH = 64  # pixels a side, of which a model sees little more than their mean
@@ -48,11 +48,12 @@ def check(file: Path, parser: Parser) -> int:
     config = load_experiment(file, found)
     tuner, space, maximum = config.tuner, config.search_space, config.max_trial_number
     limit = f"{maximum or 'any number of'} trials, {config.trial_concurrency} at a time"
-    say(f"{file}: {tuner.name or tuner.class_name}, {limit}")
-    keys = {} if is_batch(tuner) else read_space(space, parser, found)
-    samples, all_of_them = samples_of({key: space[key] for key in keys})
+    print(f"{file}: {tuner.name or tuner.class_name}, {limit}")
     if is_batch(tuner):
-        samples = batch_samples(space)
+        keys, samples, all_of_them = {}, batch_samples(space), True
+    else:
+        keys = read_space(space, parser, found)
+        samples, all_of_them = samples_of({key: space[key] for key in keys})
     count_trials(samples, all_of_them, maximum, found)
     if (tuner.name or "").lower() in ("batch", "batchtuner", "gridsearch") and not maximum:
         found.warnings.append(
@@ -77,15 +78,17 @@ def check(file: Path, parser: Parser) -> int:
             )
         if "" in unclear:
             given["request_from_nni"] = True  # it may be there
-        if unclear - NO_RESULT:  # what the defaults cannot do, other values may: all are warnings
-            judged = Findings(found.warnings, found.warnings)
+        if (
+            unclear - NO_RESULT
+        ):  # what the defaults cannot do, bash's values may: errors are warnings
+            judged = Findings(errors=found.warnings, warnings=found.warnings)
         check_command(config, given, parser, found)
         check_overridden(keys, given, found)
         with working_folder(folder):
-            good = try_samples(samples, parser, without_gpu(argv), judged)
+            good = try_samples(samples, parser, argv, judged)
             runs = [run for _, run in good]
             place = judged if unclear & ABOUT_FILES else found
-            check_runs(runs, keys, service.platform == "local", place)
+            check_runs(runs, keys, service, place)
         metric = runs[0].metric if runs else given.get("metric", metric)
         if unclear & {"", "metric", "config"}:
             metric = given.get("metric")
@@ -101,9 +104,7 @@ def check(file: Path, parser: Parser) -> int:
             check_tuner(config, made, found)
         if added and not found.errors:
             with working_folder(folder):
-                check_added(
-                    added, [sample for sample, _ in good], keys, parser, without_gpu(argv), judged
-                )
+                check_added(added, [sample for sample, _ in good], keys, parser, argv, judged)
     if config.assessor:
         made = check_algorithm("assessor", config.assessor, space, metric, parser, found.errors)
         if made and not unclear & {"", "config", "epochs"}:
@@ -114,17 +115,11 @@ def check(file: Path, parser: Parser) -> int:
             found.errors.append("assessor: PBT needs every trial to come to its end: leave it out")
 
     for text in found.warnings:
-        say(f"warning: {text}")
+        print(f"warning: {text}")
     for text in found.errors:
-        say(f"error: {text}")
-    say(f"{file} {'cannot run as it should' if found.errors else 'can run'}")
+        print(f"error: {text}")
+    print(f"{file} {'cannot run as it should' if found.errors else 'can run'}")
     return 2 if found.errors else 0
-
-
-def say(text: str) -> None:
-    """print, but what the output's encoding lacks is shown by its number."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def shortened(texts: list[str]) -> list[str]:
@@ -150,7 +145,7 @@ def read_space(space: dict[str, Any], parser: Parser, found: Findings) -> dict[s
                 errors = shortened([*bad]) + ([] if "normal" in spec["_type"] else [*partly])
         except Exception as error:  # NNI trusts what it reads
             errors = [f"search space: {name}: {error_text(error)}"]
-        say(f"  {name!s:{width}}  {'WRONG' if errors else 'ok   '}  {values_text(spec)}")
+        print(f"  {name!s:{width}}  {'WRONG' if errors else 'ok   '}  {values_text(spec)}")
         found.errors += errors
     return keys
 
@@ -215,12 +210,7 @@ def check_command(config: Any, given: dict[str, Any], parser: Parser, found: Fin
     if service.platform != "local":
         return
     number, gpus = service.trial_gpu_number, torch.cuda.device_count()
-    if number is None and "gpu" in given:
-        try:
-            resolve(parser, [f"--gpu={given['gpu']}"])
-        except UsageError as error:
-            found.errors.append(f"trialCommand: {error}")
-    elif number == 0:
+    if number == 0:
         text = (
             "trialGpuNumber (gpuNum) 0 hides the GPU from trials: leave it out to use what is there"
         )
@@ -274,10 +264,10 @@ def try_samples(
     return good
 
 
-def check_runs(runs: list[Any], keys: dict[str, set[str]], local: bool, found: Findings) -> None:
+def check_runs(runs: list[Any], keys: dict[str, set[str]], service: Any, found: Findings) -> None:
     """What the parameters of the runs tell beyond being valid."""
-    if local:
-        found.errors += shortened(file_errors(runs))
+    if service.platform == "local":
+        found.errors += shortened(local_errors(runs, gpus=service.trial_gpu_number is None))
     if len(metrics := sorted({run.metric for run in runs})) > 1:
         found.errors.append(
             f"trials could not be compared: metric is {' or '.join(metrics)}: give one in trialCommand"
@@ -306,19 +296,20 @@ def holds_out(run: Any) -> bool:
     return bool(run.val_split or folder is None or not os.path.isdir(os.path.join(folder, "val")))
 
 
-def file_errors(runs: list[Any]) -> list[str]:
-    """What is wrong with the images, as far as their folders tell, and the checkpoints of the runs."""
+def local_errors(runs: list[Any], gpus: bool) -> list[str]:
+    """What is wrong with the images, as far as their folders tell, the checkpoints and `gpus` of the runs."""
     folders = {
         (run.download_dir, run.num_classes, bool(run.val_split), run.skip_broken) for run in runs
     }
     files = {run.init_from for run in runs} - {None}
     looks = [(check_images, folder) for folder in sorted(folders, key=str)]
     looks += [(utils_vit.load_checkpoint, (file,)) for file in sorted(files)]
+    looks += [(setup_vit.check_gpu, (n,)) for n in sorted({r.gpu for r in runs} - {None}) if gpus]
     errors = {}  # in order, each once
     for look, arguments in looks:
         try:
             look(*arguments)
-        except (DataError, CheckpointError, ValueError) as error:  # the last for a name with \0
+        except ValueError as error:  # DataError, CheckpointError, and that for a name with \0
             errors[in_one_line(error)] = None
     return [*errors]
 
@@ -335,7 +326,7 @@ def check_images(
     train = folders["train"]
     counts = (f"{len(images.names):,} in {images.folder}" for images in folders.values())
     names = ", ".join(train.classes[:10]) + ", ..." * (len(train.classes) > 10)
-    say(printable(f"images: {', '.join(counts)}; {len(train.classes)} classes: {names}"))
+    print(printable(f"images: {', '.join(counts)}; {len(train.classes)} classes: {names}"))
     if "val" not in folders:
         data_vit.hold_out(train.targets, 0.1, 0, train.classes)
     if not skip_broken:
