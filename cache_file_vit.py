@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from folder_vit import ImageFolder, ImageLost, size_time_problem
+from folder_vit import ImageFolder
 from images_vit import Pixels, decode_again, decode_all, quiet_pillow
 
 CACHE_FORMAT = 8  # to be raised when decoding or the file changes
@@ -27,14 +27,18 @@ class CachedPixels(Pixels):
     """
 
     def __init__(
-        self, images: ImageFolder, shape: tuple[int, ...], file: Path, descriptor: int
+        self,
+        images: ImageFolder,
+        shape: tuple[int, ...],
+        stats: np.ndarray,
+        file: Path,
+        descriptor: int,
     ) -> None:
-        super().__init__(images, shape, shape[1])
+        super().__init__(images, shape, shape[1], stats)
         self.file, self.descriptor = file, descriptor
         self.checksums = np.zeros(0, "<u4")
         self.broken: dict[int, str] = {}
         self.brightest = 0
-        self.stats = np.zeros((0, 2), np.int64)  # size and modification time of the image files
         self.verified = np.zeros(shape[0], bool)
         self.named: set[int] = set()
 
@@ -52,6 +56,8 @@ class CachedPixels(Pixels):
             if whole and not self.verified[row]:
                 self.verified[row] = whole = zlib.crc32(image) == self.checksums[row]
             if not whole:
+                # The file may have been cut short, and healing will fill what is gone of it with zeros.
+                self.verified[:] = False
                 self._heal(row, image)
 
     def will_read(self, rows: np.ndarray) -> None:
@@ -69,14 +75,9 @@ class CachedPixels(Pixels):
         path = self.images.path(row)
         if row in self.broken:
             image[:] = 0
-        elif size_time_problem(str(path)) != (*self.stats[row], ""):
-            raise ImageLost(
-                f"the cache {self.file} is damaged at {path}, which has changed since it was decoded: "
-                "start again"
-            )
         else:
             quiet_pillow()
-            decode_again(path, self.channels, image)
+            decode_again(path, self.channels, self.stats[row], image)
         if row not in self.named:
             self.named.add(row)
             log.warning(f"the cache {self.file} was damaged at {path}: decoded it again")
@@ -138,7 +139,7 @@ def open_cache(
         descriptor = os.open(file, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    pixels = CachedPixels(images, shape, file, descriptor)  # which closes the descriptor
+    pixels = CachedPixels(images, shape, stats, file, descriptor)  # which closes the descriptor
     with contextlib.suppress(OSError):  # that it is in use, and when it was last
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         os.utime(descriptor)
@@ -149,7 +150,6 @@ def open_cache(
     pixels.shape = tuple(info["shape"])
     pixels.broken = {int(i): why for i, why in info["broken"].items()}
     pixels.brightest = info["brightest"]
-    pixels.stats = stats
     return pixels
 
 
@@ -186,7 +186,7 @@ def build_cache(
             checksums[row] = zlib.crc32(content)
             _write(descriptor, content, HEADER_LENGTH + row * row_length)
 
-        broken, grey, brightest = decode_all(images, shape, workers, problems, keep)
+        broken, grey, brightest = decode_all(images, shape, stats, workers, problems, keep)
         kept = _settle(descriptor, shape, grey, checksums)
         info = {"folder": str(images.folder), "shape": kept, "broken": broken}
         info["brightest"] = brightest

@@ -24,7 +24,7 @@ import numpy as np
 import PIL
 
 from cache_file_vit import CACHE_FORMAT, build_cache, open_cache, read_footer
-from folder_vit import DataError, ImageFolder, printable, size_time_problem
+from folder_vit import DataError, ImageFolder, printable, sizes_and_times
 from images_vit import DecodedImages, decode_here
 from machine_vit import available_memory
 
@@ -50,7 +50,7 @@ def decode_folder(
     for all. (Two files that swap names and agree in size and time are not noticed; the time of change
     would tell, and would build it again after every copy of the folder.) Of processes that need the
     same one at once, one builds it and the others wait. While it is built it takes the space of all
-    channels. Nothing is kept of files that could be listed, but then not read. With a `limit` in bytes,
+    channels. Nothing is kept of files that could be listed, but then not read, or not as they were listed. With a `limit` in bytes,
     files that no run has open make room, the least recently used first. "memory" decodes into this
     process's own memory; "off" keeps nothing but what is broken. Raises DataError on what cannot be
     read, if the cache folder cannot be written, or the disk, the limit or the memory has no room.
@@ -63,7 +63,7 @@ def decode_folder(
             f"and {available / 1e9:,.2f} GB are free: leave it out, and they are kept on disk"
         )
     if mode != "disk":
-        return decode_here(images, shape, workers, mode, problems)
+        return decode_here(images, shape, stats, workers, mode, problems)
     try:
         pixels, built = open_cache(file, images, shape, stats), False
         if pixels is None:
@@ -89,16 +89,8 @@ def decode_folder(
 def place_of(
     images: ImageFolder, size: int, channels: int, cache_dir: Path
 ) -> tuple[Path, np.ndarray, dict[int, str]]:
-    """The cache file that belongs to the images as they are now, each one's size and modification time
-    int64 (images, 2), and why some cannot be read, by index.
-    """
-    stats = np.empty((len(images.names), 2), np.int64)
-    problems = {}
-    folder = str(images.folder)
-    for i, name in enumerate(images.names):
-        *stats[i], problem = size_time_problem(f"{folder}/{name}")
-        if problem:
-            problems[i] = problem
+    """The cache file that belongs to the images as they are now, and their `sizes_and_times`."""
+    stats, problems = sizes_and_times(images)
     decoder = [CACHE_FORMAT, PIL.__version__]  # another may read what this one cannot
     digest = hashlib.sha256(json.dumps([*decoder, size, channels, problems]).encode())
     # Copies of one archive can agree in every name, size and time, and not in their images.

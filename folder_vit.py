@@ -164,6 +164,18 @@ def size_time_problem(path: str) -> tuple[int, int, str]:
     return status.st_size, status.st_mtime_ns % 2**63, problem  # far dates have more digits
 
 
+def sizes_and_times(images: ImageFolder) -> tuple[np.ndarray, dict[int, str]]:
+    """Each file's size and modification time, int64 (images, 2), and why some cannot be read, by index."""
+    stats = np.empty((len(images.names), 2), np.int64)
+    problems = {}
+    folder = str(images.folder)
+    for i, name in enumerate(images.names):
+        *stats[i], problem = size_time_problem(os.path.join(folder, name))
+        if problem:
+            problems[i] = problem
+    return stats, problems
+
+
 def check_classes(images: ImageFolder, broken: dict[int, str]) -> None:
     """Raises DataError if all images of a class are `broken` (index: why)."""
     left = np.bincount(np.delete(images.targets, list(broken)), minlength=len(images.classes))

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from folder_vit import DataError, ImageFolder, ImageLost, printable
+from folder_vit import DataError, ImageFolder, ImageLost, printable, size_time_problem
 
 # What a file may turn out to be, whatever it is called. Pillow left to choose would hand PostScript to
 # Ghostscript. TGA, which has no signature, is looked for in *.tga only.
@@ -98,27 +98,42 @@ def quiet_pillow() -> None:
     warnings.filterwarnings("ignore", module="PIL")
 
 
-def _decode(path: Path, size: int, channels: int) -> np.ndarray:
-    """`decode_planes`, raising DataError if the file cannot be read and ValueError if not decoded."""
+def _decode(path: Path, size: int, channels: int, listed: np.ndarray) -> np.ndarray:
+    """`decode_planes`, raising ValueError if the file cannot be decoded.
+
+    Raises DataError if it cannot be read, or has not the size and time any more that were `listed`: the
+    decoded images stand for the files that were there then.
+    """
+    why = reason = None
     try:
-        return decode_planes(path, size, channels)
+        planes = decode_planes(path, size, channels)
+    except MemoryError:  # the file may be sound
+        raise DataError(
+            f"{path} takes more memory to decode than there is: end other programs, or make it smaller"
+        ) from None
     except Exception as error:  # decoders raise nearly anything on broken bytes
         if isinstance(error, OSError) and error.errno is not None:
-            raise DataError(
-                f"{path} could be read when the folder was listed, but no more: {error.strerror}; "
-                "start again when the folder is whole"
-            ) from None
-        if isinstance(error, MemoryError):  # the file may be sound
-            raise DataError(
-                f"{path} takes more memory to decode than there is: end other programs, or make it smaller"
-            ) from None
+            why = error.strerror
         reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
-        raise ValueError(reason) from None
+    *now, problem = size_time_problem(str(path))
+    if why := why or problem:
+        raise DataError(
+            f"{path} could be read when the folder was listed, but no more: {why}; start again when the "
+            "folder is whole"
+        )
+    if now != [*listed]:
+        raise DataError(
+            f"{path} has changed since the folder was listed: start again when it is whole"
+        )
+    if reason:
+        raise ValueError(reason)
+    return planes
 
 
 def decode_all(
     images: ImageFolder,
     shape: tuple[int, ...],
+    stats: np.ndarray,
     workers: int,
     problems: dict[int, str],
     keep: Callable[[int, np.ndarray], None],
@@ -132,7 +147,7 @@ def decode_all(
 
     def decode(row: int) -> str | None:
         try:
-            image = _decode(images.path(row), shape[2], shape[1])
+            image = _decode(images.path(row), shape[2], shape[1], stats[row])
         except DataError:
             raise
         except ValueError as error:
@@ -167,16 +182,13 @@ def decode_all(
     return broken, grey, int(brightest.max())
 
 
-def decode_again(path: Path, channels: int, image: np.ndarray) -> None:
-    """Fill `image` (channels, size, size), or (1, size, size) if it had no colour at the start.
+def decode_again(path: Path, channels: int, listed: np.ndarray, image: np.ndarray) -> None:
+    """Fill `image` (channels, size, size), or (1, size, size) if no image of its folder has colour.
 
-    Raises ImageLost if it has by now, or cannot be decoded any more.
+    Raises ImageLost if the file is not the one any more whose size and time were `listed`.
     """
     try:
-        planes = _decode(path, image.shape[1], channels)
-        if len(planes) > len(image):
-            raise DataError(f"{path} has got colour since the start: start again")
-        image[:] = planes
+        image[:] = _decode(path, image.shape[1], channels, listed)
     except DataError as error:
         raise ImageLost(str(error)) from None
     except ValueError as error:
@@ -186,9 +198,14 @@ def decode_again(path: Path, channels: int, image: np.ndarray) -> None:
 class Pixels:
     """Decoded images that are read when they are needed, as uint8 (images, channels, size, size)."""
 
-    def __init__(self, images: ImageFolder, shape: tuple[int, ...], channels: int) -> None:
-        """`channels` are those that were asked for; one stands for all where none has colour."""
-        self.images, self.shape, self.channels = images, shape, channels
+    def __init__(
+        self, images: ImageFolder, shape: tuple[int, ...], channels: int, stats: np.ndarray
+    ) -> None:
+        """`channels` are those that were asked for; one stands for all where none has colour.
+
+        `stats` are what `sizes_and_times` found.
+        """
+        self.images, self.shape, self.channels, self.stats = images, shape, channels, stats
 
     @property
     def nbytes(self) -> int:
@@ -213,14 +230,20 @@ class DecodingPixels(Pixels):
     """Images decoded whenever they are read, by several threads."""
 
     def __init__(
-        self, images: ImageFolder, shape: tuple[int, ...], channels: int, workers: int
+        self,
+        images: ImageFolder,
+        shape: tuple[int, ...],
+        channels: int,
+        stats: np.ndarray,
+        workers: int,
     ) -> None:
-        super().__init__(images, shape, channels)
+        super().__init__(images, shape, channels, stats)
         self.pool = ThreadPoolExecutor(workers)
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
         paths = map(self.images.path, rows.tolist())
-        list(self.pool.map(decode_again, paths, itertools.repeat(self.channels), out))
+        channels = itertools.repeat(self.channels)
+        list(self.pool.map(decode_again, paths, channels, self.stats[rows], out))
 
 
 @dataclass(frozen=True)
@@ -238,17 +261,26 @@ class DecodedImages:
 
 
 def decode_here(
-    images: ImageFolder, shape: tuple[int, ...], workers: int, mode: str, problems: dict[int, str]
+    images: ImageFolder,
+    shape: tuple[int, ...],
+    stats: np.ndarray,
+    workers: int,
+    mode: str,
+    problems: dict[int, str],
 ) -> DecodedImages:
     """Decode into memory, or once to see what is broken; `shape` has the channels that are asked for."""
     one_channel = (shape[0], 1, *shape[2:])
     if mode == "off":
-        broken, grey, brightest = decode_all(images, shape, workers, problems, lambda *_: None)
+        broken, grey, brightest = decode_all(
+            images, shape, stats, workers, problems, keep=lambda *_: None
+        )
         kept = one_channel if grey.all() else shape
-        pixels = DecodingPixels(images, kept, shape[1], workers)
+        pixels = DecodingPixels(images, kept, shape[1], stats, workers)
         return DecodedImages(pixels, broken, brightest, None, True)
     pixels = np.zeros(shape, np.uint8)
-    broken, grey, brightest = decode_all(images, shape, workers, problems, pixels.__setitem__)
+    broken, grey, brightest = decode_all(
+        images, shape, stats, workers, problems, keep=pixels.__setitem__
+    )
     if grey.all() and shape[1] > 1:
         packed = pixels.reshape(-1, 1, *shape[2:])
         for row in range(shape[0]):

@@ -41,7 +41,7 @@ from folder_vit import (
     not_decoded,
     printable,
     read_image_folder,
-    size_time_problem,
+    sizes_and_times,
 )
 from images_vit import decode_here
 from options_vit import make_parser
@@ -133,9 +133,10 @@ class Classifier(nn.Module):
             part = slice(first, first + count)
             some = replace(images, names=images.names[part], targets=images.targets[part])
             shape = (len(some.names), channels, size, size)
-            problems = (size_time_problem(str(some.path(i)))[2] for i in range(shape[0]))
-            known = {i: problem for i, problem in enumerate(problems) if problem}
-            decoded = decode_here(some, shape, machine_vit.usable_cores(), "memory", known)
+            stats, problems = sizes_and_times(some)
+            decoded = decode_here(
+                some, shape, stats, machine_vit.usable_cores(), "memory", problems
+            )
             split = Split(decoded.pixels, some.targets, np.arange(shape[0]))
             with autocast:
                 logits = [

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import data_vit
@@ -29,7 +30,7 @@ from check_vit.space import (
 )
 from check_vit.tuner import check_algorithm, check_assessor, check_tuner, is_batch
 from config_vit import Parser, UsageError, resolve
-from folder_vit import DataError, in_one_line, not_decoded, printable, size_time_problem
+from folder_vit import DataError, in_one_line, not_decoded, printable, sizes_and_times
 
 SHOWN = 5  # messages of a kind that are printed
 LARGE_PATCH = 64  # pixels a side, of which a model sees little more than their mean
@@ -330,13 +331,11 @@ def check_images(
     if "val" not in folders:
         data_vit.hold_out(train.targets, 0.1, 0, train.classes)
     if not skip_broken:
-        paths = (
-            str(images.path(i)) for images in folders.values() for i in range(len(images.names))
-        )
-        problems = ((path, size_time_problem(path)) for path in paths)
-        broken = [
-            f"{path} ({why or 'empty'})" for path, (size, _, why) in problems if why or not size
-        ]
+        broken = []
+        for images in folders.values():
+            stats, problems = sizes_and_times(images)
+            problems = {int(row): "empty" for row in np.flatnonzero(stats[:, 0] == 0)} | problems
+            broken += [f"{images.path(i)} ({why})" for i, why in sorted(problems.items())]
         if broken:
             raise DataError(not_decoded(broken))
 

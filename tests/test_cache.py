@@ -13,15 +13,15 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from PIL import Image
 from test_data import open_small, python
 
 import cache_vit
 import data_vit
+import images_vit
 from cache_file_vit import CachedPixels
 from cache_vit import DecodedImages, decode_folder
 from data_vit import Resident, Split, batches, keep_on_device
-from folder_vit import DataError, read_image_folder
+from folder_vit import DataError, ImageLost, read_image_folder
 from images_vit import decode_image
 
 REPOSITORY = Path(data_vit.__file__).parent
@@ -92,16 +92,45 @@ def test_a_run_in_each_mode(mode: str, image_folder: Path, run_main: Callable) -
     ] in result.stdout
 
 
-def test_off_reads_each_time_and_names_what_broke_since(folder: Path) -> None:
+def test_off_reads_each_time_and_names_what_changed_since(folder: Path) -> None:
+    """It would be trained and selected on other images than before."""
     decoded = decode(folder, mode="off")
-    Image.new("RGB", (12, 12), "white").save(folder / "cat" / "000.png")
-    assert (decoded.pixels[0] == 255).all()
-    (folder / "cat" / "001.png").write_bytes(b"")
-    with pytest.raises(DataError, match="001.png cannot be decoded any more: not an image"):
-        decoded.pixels[0:3]
-    (folder / "cat" / "001.png").unlink()
-    with pytest.raises(DataError, match="001.png could be read when .* but no more: No such file"):
+    path, status = folder / "cat" / "001.png", (folder / "cat" / "001.png").stat()
+    for content in ((folder / "dog" / "001.png").read_bytes(), b""):
+        path.write_bytes(content)
+        assert len(decoded.pixels[2:]) == 38
+        with pytest.raises(ImageLost, match="cat/001.png has changed since the folder was listed"):
+            decoded.pixels[0:3]
+    path.write_bytes(bytes(status.st_size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ImageLost, match="001.png cannot be decoded any more: not an image"):
         decoded.pixels[1]
+    path.unlink()
+    with pytest.raises(ImageLost, match="001.png could be read when .* but no more: No such file"):
+        decoded.pixels[1]
+
+
+@pytest.mark.parametrize("mode", cache_vit.MODES)
+def test_an_image_that_changes_while_all_are_decoded(
+    mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept would stand for ever for the files as they were before."""
+    real, path = images_vit.decode_planes, folder / "dog" / "005.png"
+    was, status = path.read_bytes(), path.stat()
+
+    def replacing(now: Path, *shape: int) -> np.ndarray:
+        if now.name == "000.png":
+            path.write_bytes((folder / "cat" / "005.png").read_bytes())
+        return real(now, *shape)
+
+    monkeypatch.setattr(images_vit, "decode_planes", replacing)
+    with pytest.raises(DataError, match="dog/005.png has changed since the folder was listed"):
+        decode(folder, mode=mode)
+    monkeypatch.undo()
+    path.write_bytes(was)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    decoded = decode(folder, mode=mode)
+    assert decoded.built and np.array_equal(decoded.pixels[25], decode_image(path, 8, 3))
 
 
 def test_memory_that_there_is_not(folder: Path) -> None:

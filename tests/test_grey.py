@@ -117,7 +117,7 @@ def test_an_image_that_gets_colour_ends_a_run_that_decodes_again(folder: Path) -
     decoded = decode(folder / "train", "off")
     path = read_image_folder(folder / "train").path(5)
     Image.new("RGB", (12, 12), "red").save(path, format="PNG")
-    with pytest.raises(DataError, match=f"{path.name} has got colour since the start"):
+    with pytest.raises(DataError, match=f"{path.name} has changed since the folder was listed"):
         decoded.pixels[5]
 
 

@@ -688,6 +688,8 @@ def test_a_cache_cut_short_while_it_is_read(folder: Path) -> None:
     decoded = decode(folder)
     pixels = decoded.pixels[:]
     os.truncate(decoded.file, 1000)
+    # A row that is healed lies behind those that are gone, in whose place are zeros then.
+    assert np.array_equal(decoded.pixels[9], pixels[9])
     assert np.array_equal(decoded.pixels[:], pixels)
 
 
@@ -695,7 +697,7 @@ def test_a_damaged_row_of_an_image_that_has_changed(folder: Path) -> None:
     decoded = decode(folder)
     damage_row(decoded.file, 0, 192)
     (folder / "cat" / "000.png").write_bytes((folder / "dog" / "000.png").read_bytes())
-    with pytest.raises(DataError, match="damaged at .*000.png, which has changed.*start again"):
+    with pytest.raises(DataError, match="cat/000.png has changed .*: start again"):
         decoded.pixels[:]
     assert decode(folder).built
 
