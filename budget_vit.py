@@ -133,15 +133,12 @@ def continue_member(state: TrainingState, args: argparse.Namespace, data: Data) 
         )
     ):
         raise CheckpointError(f"checkpoint {file} is of other parameters: {changes}")
-    if saved.get("fingerprints", data.fingerprints)["val"] != data.fingerprints["val"]:
+    if saved.get("fingerprints", data.fingerprints).get("val") != data.fingerprints["val"]:
         raise CheckpointError(
             f"checkpoint {file} may have been trained on images that are held out now: those have "
             "changed since"
         )
-    own = [{k: v for k, v in g.items() if k != "params"} for g in state.optimizer.param_groups]
     state.load_state_dict(saved)
-    for group, values in zip(state.optimizer.param_groups, own, strict=True):
-        group.update(values)
     if args.optimizer == "rmsprop" and args.momentum:  # RMSprop makes these at its first step only
         for moments in state.optimizer.state.values():
             moments.setdefault("momentum_buffer", torch.zeros_like(moments["square_avg"]))

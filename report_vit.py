@@ -207,10 +207,20 @@ def has_results(folder: Path, steps: int) -> bool:
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a crash can leave half a line, which is left out."""
+    """The lines of a run's metrics.jsonl; what a crash or somebody's hand made of one is left out."""
     file = folder / "metrics.jsonl"
     text = file.read_bytes() if file.exists() else b""
-    return [line for line in map(json_object, text.splitlines()) if line]
+    return [line for line in map(json_object, text.splitlines()) if is_line(line)]
+
+
+def is_line(line: dict[str, Any]) -> bool:
+    """Whether it has what is read of an epoch's line; AUC is None where validation lacks a class."""
+    whole = all(isinstance(line.get(name), int) for name in ("epoch", "step"))
+    names = ["train_loss", "train_accuracy", *(f"val_{name}" for name in METRICS)]
+    kinds = int | float
+    return whole and all(
+        isinstance(line.get(name), kinds | None if name == "val_auc" else kinds) for name in names
+    )
 
 
 class Recorder:
@@ -220,7 +230,7 @@ class Recorder:
         """Goes on after optimizer step `step`: lines of later ones, which will be run again, are dropped."""
         self.folder = folder
         self.file = folder / "metrics.jsonl"
-        self.lines = [line for line in lines_of(folder) if line.get("step", math.inf) <= step]
+        self.lines = [line for line in lines_of(folder) if line["step"] <= step]
         replace_file(self.file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self.tensorboard: Any = None
 

@@ -20,6 +20,7 @@ import demo_vit
 import distributed_vit
 import machine_vit
 import nni_vit
+import report_vit
 import step_vit
 import utils_vit
 import vit
@@ -275,7 +276,9 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
                 f"{file.name} is of an earlier moment than {last}, which would be lost: --resume that, or "
                 f"start a new run by --init-from {file}"
             )
-    if saved["best"]:  # better found out now than at the end
+    if saved["best"] is not None:  # better found out now than at the end
+        if not report_vit.is_line(saved["best"]):
+            raise CheckpointError(f"checkpoint {source} is damaged: its best epoch has no metrics")
         file_of_best = file.with_name(utils_vit.BEST)
         try:
             best = utils_vit.load_checkpoint(file_of_best)
@@ -301,7 +304,7 @@ def start_from(state: TrainingState, args: argparse.Namespace, data: data_vit.Da
 
     def load() -> tuple[dict[str, Any], list[str], str, dict[str, Tensor]]:
         saved = utils_vit.load_checkpoint(file)
-        held_out = saved.get("fingerprints", data.fingerprints)["val"]
+        held_out = saved.get("fingerprints", data.fingerprints).get("val")
         return saved["args"], saved["classes"], held_out, utils_vit.selected_weights(saved)
 
     saved_args, saved_classes, held_out, weights = distributed_vit.from_rank_0(load)

@@ -4,6 +4,7 @@ import copy
 import errno
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,10 @@ CHECKPOINT_FORMAT = 1
 CHECKPOINT_KEYS = {
     "model": dict, "ema": dict | None, "optimizer": dict, "outputs": dict | list, "best": dict | None,
     "epoch": int, "step": int, "validated": int, "args": dict, "classes": list,
+}  # fmt: skip
+# Not in those from before 2026-11-26, and some not in pretrained_vit.py's.
+NEWER_KEYS = {
+    "train_images": int, "val_images": int, "fingerprints": dict, "scaler": dict, "pieces": int
 }  # fmt: skip
 SEAL_LENGTH = len("sha256:") + 64
 # In the folder of a run: the newest checkpoint, the one before it, and that of the best epoch.
@@ -142,17 +147,31 @@ def load_checkpoint(filename: str | Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise foreign
-        if not all(isinstance(state[key], kind) for key, kind in CHECKPOINT_KEYS.items()):
+        kinds = CHECKPOINT_KEYS | {k: kind for k, kind in NEWER_KEYS.items() if k in state}
+        if not all(isinstance(state[key], kind) for key, kind in kinds.items()):
             raise foreign
-        weights = [w for key in ("model", "ema") for w in (state.get(key) or {}).values()]
-        if any(w.numel() * w.element_size() > w.untyped_storage().nbytes() for w in weights):
+        if any(
+            t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in tensors_in(state)
+        ):
             raise foreign  # a large shape over a small storage
+        weights = [w for key in ("model", "ema") for w in (state[key] or {}).values()]
+        if state["args"].get("vt_depth", 0) > len(weights):
+            raise foreign  # a model of so many blocks would be built
         finite = all(w.isfinite().all() for w in weights)
     except Exception:  # what a hostile file makes zipfile or torch raise, and a KeyError
         raise foreign from None
     if not finite:
         raise CheckpointError(f"checkpoint {filename} holds weights that are not finite")
     return state
+
+
+def tensors_in(content: Any) -> Iterator[Tensor]:
+    """All tensors in dicts, lists and tuples within each other."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(part)
 
 
 def load_newest(filename: Path) -> tuple[dict[str, Any], Path, str | None]:
@@ -280,18 +299,48 @@ class TrainingState:
             self.model.load_state_dict(state["model"])
             if self.ema is not None:
                 self.ema.model.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            load_moments(self.optimizer, state["optimizer"])
+            if state.get("scaler"):  # empty under other precisions, which one of PBT may go on from
+                self.scaler.load_state_dict(state["scaler"])
+            device = self.parameters[0].device
+            self.outputs = [tuple(t.to(device) for t in s) for s in unpacked(state["outputs"])]
+        except Exception as error:  # whatever content of other kinds and shapes leads to
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise CheckpointError(f"the checkpoint does not fit this model: {reason}") from None
-        device = self.parameters[0].device
         self.epoch, self.step, self.validated = state["epoch"], state["step"], state["validated"]
         self.best = state["best"]
-        if state.get("scaler"):  # empty under other precisions, which one of PBT may go on from
-            self.scaler.load_state_dict(state["scaler"])
         # With another number, sums would be taken in another order.
-        self.pieces = state.get("pieces", 1)
-        self.outputs = [tuple(t.to(device) for t in step) for step in unpacked(state["outputs"])]
+        self.pieces = max(1, state.get("pieces", 1))
+
+
+# What the optimizer's step takes for granted of a parameter that it has stepped before.
+MOMENTS = {
+    "Adam": ("step", "exp_avg", "exp_avg_sq"), "AdamW": ("step", "exp_avg", "exp_avg_sq"),
+    "RMSprop": ("step", "square_avg"), "SGD": (),
+}  # fmt: skip
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take over what `optimizer.state_dict()` gave: the moments, each of its parameter's shape, and the rate.
+
+    Its other options are the run's own. The fused kernels would read and write beyond smaller moments.
+    """
+    own = optimizer.state_dict()
+    own["state"] = {}
+    for group, other in zip(own["param_groups"], saved["param_groups"], strict=True):
+        group["lr"] = float(other["lr"])
+    parameters = itertools.chain(*(group["params"] for group in optimizer.param_groups))
+    for number, parameter in enumerate(parameters):  # as state_dict numbers them
+        if not (moments := saved["state"].get(number)):
+            continue
+        moments = {name: moments[name] for name in (*MOMENTS[type(optimizer).__name__], *moments)}
+        own["state"][number] = new = {}
+        for name, value in moments.items():
+            new[name] = torch.empty(()) if name == "step" else torch.empty_like(parameter)
+            if value.shape != new[name].shape:
+                raise ValueError(f"{name} is {[*value.shape]}, its weight {[*parameter.shape]}")
+            new[name].copy_(value)
+    optimizer.load_state_dict(own)
 
 
 def packed(outputs: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -313,6 +362,9 @@ def unpacked(
     if not outputs:
         return []
     sizes = outputs["sizes"].tolist()
+    for name in ("predicted", "targets"):
+        if outputs[name].dtype != torch.int64 or (outputs[name] < 0).any():
+            raise ValueError(f"{name} are no class numbers")
     parts = (outputs[name].split(sizes) for name in ("predicted", "targets"))
     return zip(outputs["losses"], *parts, strict=True)
 

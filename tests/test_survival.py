@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -347,7 +348,7 @@ def test_damaged_results_and_lines_do_not_end_a_run(
 
 def test_tensorboard_keeps_a_curve_that_begins_later(tmp_path: Path) -> None:
     """One of PBT, killed after its last epoch: what a resume hides begins behind that."""
-    names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_balanced_accuracy")
     recorder = report_vit.Recorder(tmp_path, 0)
     for epoch in (7, 8, 9):
         recorder.epoch({"epoch": epoch, "step": epoch, **dict.fromkeys(names, 0.5)})
@@ -600,6 +601,77 @@ def test_a_hostile_checkpoint_with_a_right_seal(
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "file")
     assert not (tmp_path / "malice").exists()
+
+
+WRONG_CONTENT: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a smaller moment": lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    "a moment of one number": lambda s: s["optimizer"]["state"][1].update(exp_avg_sq=torch.ones(1)),
+    "a moment over nothing": lambda s: s["optimizer"]["state"][0].update(
+        exp_avg=torch.zeros(1).expand_as(s["optimizer"]["state"][0]["exp_avg"])
+    ),
+    "a moment that is text": lambda s: s["optimizer"]["state"][0].update(exp_avg="x"),
+    "a moment is missing": lambda s: s["optimizer"]["state"][0].pop("exp_avg"),
+    "no optimizer": lambda s: s["optimizer"].clear(),
+    "a rate that is text": lambda s: s["optimizer"]["param_groups"][0].update(lr="q"),
+    "outputs of other names": lambda s: s.update(outputs={"losses": 1}),
+    "outputs of other lengths": lambda s: s["outputs"].update(targets=torch.tensor([0])),
+    "outputs below 0": lambda s: s["outputs"].update(targets=s["outputs"]["targets"] - 1),
+    "outputs that are numbers": lambda s: s.update(outputs=[1, 2]),
+    "a best without metrics": lambda s: s.update(best={"epoch": 1}),
+    "images that are text": lambda s: s.update(train_images="x"),
+    "no fingerprints": lambda s: s.update(fingerprints={}),
+    "fingerprints that are a number": lambda s: s.update(fingerprints=3),
+    "pieces that are text": lambda s: s.update(pieces="x"),
+    "ten million blocks": lambda s: s["args"].update(vt_depth=10**7),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_run(
+    run_main: RunMain,
+    make_images: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder of a run that ended in its second epoch."""
+    folder = tmp_path_factory.mktemp("whole")
+    images = make_images(folder / "images", ["cat", "dog"], 20)
+    argv = ["--download-dir", images, *TINY, "--max-steps", "19", "--model-dir", folder / "run"]
+    assert run_main(*argv).status == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("wrong", WRONG_CONTENT)
+def test_a_sealed_checkpoint_of_wrong_content(
+    wrong: str, whole_run: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    """The fused optimizers read and write whatever lies behind a moment that is too small."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    state = load_checkpoint(whole_run / "checkpoint.pth.tar")
+    WRONG_CONTENT[wrong](state)
+    for file in (tmp_path / "run").glob("*.pth.tar"):
+        file.write_bytes(sealed_archive(state))
+    file = tmp_path / "run" / "checkpoint.pth.tar"
+    result = run_main("--resume", file, "--max-steps", "21")
+    [line] = result.stderr.splitlines()
+    assert (result.status, line.startswith("main_vit.py: error: ")) == (2, True)
+    assert "checkpoint" in line
+    started = run_main(
+        *("--init-from", file, "--config", whole_run / "args.yaml", "--max-steps", "1"),
+        *("--model-dir", tmp_path / "new"),
+    )
+    assert started.status in (0, 2) and started.stderr.count("\n") <= 1
+    assert "Traceback" not in started.stdout + started.stderr
+
+
+def test_lines_of_metrics_that_lack_something(
+    whole_run: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    lines = tmp_path / "run" / "metrics.jsonl"
+    lines.write_text('{"epoch": 1, "step": 2}\n{"epoch": 1, "step": "x"}\n[]\n' + lines.read_text())
+    result = run_main("--resume", tmp_path / "run" / "checkpoint.pth.tar", "--max-steps", "40")
+    assert (result.status, result.stderr) == (0, "")
+    assert [json.loads(line)["epoch"] for line in lines.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_the_seal_is_the_comment_of_a_whole_zip(tmp_path: Path) -> None:
