@@ -19,16 +19,15 @@ import torch
 import distributed_vit
 from config_vit import UsageError, differences, saved_parameters
 from data_vit import Data
+from files_vit import link_or_copy, replace_file
 from options_vit import make_parser
 from utils_vit import (
     BEST,
     LAST,
     CheckpointError,
     TrainingState,
-    link_or_copy,
     load_checkpoint,
     load_newest,
-    replace_file,
 )
 
 # What PBT may change from one share of a training to the next; the sizes of the model it may not.

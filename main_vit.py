@@ -29,6 +29,7 @@ import augment_vit
 import budget_vit
 import data_vit
 import distributed_vit
+import files_vit
 import nni_vit
 import report_vit
 import setup_vit
@@ -127,7 +128,7 @@ def main_worker(args: argparse.Namespace, trial: nni_vit.Trial, until_end: ExitS
     process writes to the run's folder `until_end`.
     """
     args, device, output, data, state = setup_vit.set_up(args, trial, until_end)
-    until_end.enter_context(utils_vit.full_disk_of(output))
+    until_end.enter_context(files_vit.full_disk_of(output))
     # Caught from here on: while a resumed trial tells NNI its curve again, an assessor may already stop it.
     signals = StopSignals()
     leads = distributed_vit.rank() == 0
@@ -158,7 +159,7 @@ def main_worker(args: argparse.Namespace, trial: nni_vit.Trial, until_end: ExitS
     # Only whole epochs that a checkpoint knows of keep their line; any other will be run again.
     whole_epochs = state.validated // steps_per_epoch * steps_per_epoch
     if leads:
-        utils_vit.replace_file(output / "args.yaml", yaml.safe_dump(parameters).encode())
+        files_vit.replace_file(output / "args.yaml", yaml.safe_dump(parameters).encode())
         done = state.is_done(total_steps)
         recorder = report_vit.Recorder(output, state.step if done else whole_epochs)
         tell_curve(recorder.lines)

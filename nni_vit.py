@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from utils_vit import json_object, replace_file
+from files_vit import json_object, replace_file
 
 log = logging.getLogger("vit.nni")
 

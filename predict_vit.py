@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import files_vit
 import machine_vit
 import report_vit
 import setup_vit
@@ -258,7 +259,7 @@ def export(classifier: Classifier, file: Path) -> None:
             f"arch {classifier.args.arch} cannot be exported to {kind}: {reason}"
         ) from None
     try:
-        utils_vit.replace_file(file, content)
+        files_vit.replace_file(file, content)
     except OSError as error:
         raise UsageError(f"--export {file} cannot be written: {error.strerror}") from None
 

@@ -16,6 +16,7 @@ import torchvision
 import yaml
 from torch import Tensor, nn
 
+import files_vit
 import setup_vit
 import utils_vit
 from config_vit import Parser, UsageError, expanded_path, resolve, saved_parameters
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         # A run from here computes in what is fastest where it runs, and may be one of PBT without a schedule.
         own = {"precision", "scheduler", "warmup_epochs"}
         parameters = {k: v for k, v in checkpoint["args"].items() if k not in own}
-        utils_vit.replace_file(args.folder / "args.yaml", yaml.safe_dump(parameters).encode())
+        files_vit.replace_file(args.folder / "args.yaml", yaml.safe_dump(parameters).encode())
         utils_vit.save_checkpoint(checkpoint, False, args.folder / utils_vit.BEST)
     except UsageError as error:
         print(f"pretrained_vit.py: error: {error}", file=sys.stderr)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from data_vit import Data
+from files_vit import json_object, replace_file
 from folder_vit import printable
-from utils_vit import json_object, replace_file
 
 # Direction in which a metric improves; accuracies are in percent, AUC in 0 to 1.
 METRICS = {"accuracy": "max", "balanced_accuracy": "max", "auc": "max", "loss": "min"}

@@ -18,6 +18,7 @@ import cache_vit
 import data_vit
 import demo_vit
 import distributed_vit
+import files_vit
 import machine_vit
 import nni_vit
 import report_vit
@@ -294,7 +295,7 @@ def load_run(file: Path, data: data_vit.Data) -> tuple[dict[str, Any], str | Non
             )
     if source != file and file.name == utils_vit.LAST:
         with suppress(OSError):  # else the next save would keep the damaged one as the one before
-            utils_vit.link_or_copy(source, file)
+            files_vit.link_or_copy(source, file)
     return saved, note
 
 

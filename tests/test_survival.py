@@ -25,12 +25,12 @@ from test_train import equal
 from test_utils import EMPTY
 from torch import nn
 
+import files_vit
 import machine_vit
 import main_vit
 import report_vit
 import setup_vit
 import step_vit
-import utils_vit
 from config_vit import resolve
 from stop_vit import RunFailed
 from utils_vit import (
@@ -494,7 +494,7 @@ def test_a_full_disk_is_no_traceback_of_a_thread(
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back in the end
     with monkeypatch.context() as patch:
         patch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
-        with pytest.raises(OSError, match="No space") as raised, utils_vit.full_disk_of(tmp_path):
+        with pytest.raises(OSError, match="No space") as raised, files_vit.full_disk_of(tmp_path):
             recorder.epoch(line)
     assert str(tmp_path) in str(raised.value) and capfd.readouterr().err == ""
 
