@@ -233,8 +233,15 @@ def main(argv: list[str] | None = None) -> int:
         lines.append(line)
     if args.command == "clear" and not args.names:
         _remove_leftovers(args.cache_dir)
-    for line in lines:  # all is removed by now: a reader that stops early, as head does, ends this
-        print(line)
+    try:
+        for (
+            line
+        ) in lines:  # all is removed by now: a reader that stops early, as head does, ends this
+            print(line)
+        sys.stdout.flush()
+    except OSError as error:  # a full disk
+        print(f"cache_vit.py: the list cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     return status
 
 

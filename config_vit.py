@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         options = [a.option_strings for a in self._actions if a.dest not in left_out]
         valid = sorted(strings[-1] for strings in options if strings)
         known = [o for strings in options for o in strings if len(o) > 2]
-        near = difflib.get_close_matches(name, known, 1)
+        near = difflib.get_close_matches(name.lower(), known, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return UsageError(f"unknown parameter {name}{hint}; valid ones: {' '.join(valid)}")
 
@@ -133,6 +133,8 @@ def expanded_path(text: str) -> Path:
     """An argparse type: `~` is the home of the user."""
     if not text:  # a variable of the shell that is not set; Path makes the working directory of it
         raise argparse.ArgumentTypeError("an empty path")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("a path with a null byte")
     # Path's own raises where there is no such user, or no home.
     return Path(os.path.expanduser(text))
 

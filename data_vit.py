@@ -214,7 +214,10 @@ def open_data(
     if broken:
         named = not_decoded(broken)
         if not skip_broken:
-            raise DataError(f"{named}. Repair or remove them, or leave them out with --skip-broken")
+            raise DataError(
+                f"{named}. Repair or remove them, or leave them out with --skip-broken; a run that is resumed "
+                "needs them as they were"
+            )
         notes.append(f"{named}. Left out (--skip-broken)")
 
     if "val" not in splits:

@@ -10,6 +10,7 @@ import io
 import itertools
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -48,6 +49,9 @@ log = logging.getLogger("vit")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad input is one line on stderr and status 2."""
     argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, by a daemon say
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files can be any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from config_vit import UsageError
 from files_vit import json_object, replace_file
 
 log = logging.getLogger("vit.nni")
@@ -51,10 +52,17 @@ class Trial:
             self._record["final"] = json_object(record.read_bytes()).get("final")
 
     def ask(self) -> dict[str, Any]:
-        """The parameters that NNI's page shows for this trial; to be called once."""
+        """The parameters that NNI's page shows for this trial; to be called once. Raises UsageError."""
         if not self.inside:
             return {}
-        self._nni.get_next_parameter()
+        import requests
+
+        try:
+            self._nni.get_next_parameter()
+        except requests.RequestException:
+            raise UsageError(
+                "NNI's manager is out of reach, was the search stopped? `nnictl resume` starts this trial again"
+            ) from None
         received = self._nni._params
         # NNI hands queued parameters to whichever trial asks first but files them by trial. What is
         # filed under our id is what the page shows and what resume repeats, so that is what we use,

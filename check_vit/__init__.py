@@ -31,6 +31,7 @@ from check_vit.space import (
 from check_vit.tuner import check_algorithm, check_assessor, check_tuner, is_batch
 from config_vit import Parser, UsageError, resolve
 from folder_vit import DataError, in_one_line, not_decoded, printable, sizes_and_times
+from utils_vit import CheckpointError
 
 SHOWN = 5  # messages of a kind that are printed
 LARGE_PATCH = 64  # pixels a side, of which a model sees little more than their mean
@@ -208,6 +209,11 @@ def check_command(config: Any, given: dict[str, Any], parser: Parser, found: Fin
             f"trialCommand: {hiding!r} keeps NNI's signal from a trial that is stopped: it could "
             f"not save, and would go on running ({note})"
         )
+    if "torchrun" in service.trial_command and "--signals-to-handle" not in service.trial_command:
+        found.warnings.append(
+            "trialCommand: when NNI stops a trial torchrun ends it as FAILED, not as USER_CANCELED: give torchrun "
+            "--signals-to-handle SIGTERM,SIGHUP,SIGQUIT, which leaves NNI's SIGINT to Python"
+        )
     if service.platform != "local":
         return
     number, gpus = service.trial_gpu_number, torch.cuda.device_count()
@@ -310,7 +316,7 @@ def local_errors(runs: list[Any], gpus: bool) -> list[str]:
     for look, arguments in looks:
         try:
             look(*arguments)
-        except ValueError as error:  # DataError, CheckpointError, and that for a name with \0
+        except (DataError, CheckpointError, UsageError) as error:
             errors[in_one_line(error)] = None
     return [*errors]
 

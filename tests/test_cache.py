@@ -253,6 +253,16 @@ def test_clear_removes_all_whoever_reads_what_it_says(tmp_path: Path) -> None:
     assert said.stdout.count("removed") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_list_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / f"{0:032x}.npy").write_bytes(b"of another version")
+    command = [sys.executable, REPOSITORY / "cache_vit.py", "--cache-dir", tmp_path]
+    with open("/dev/full", "w") as full:
+        said = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    expected = "cache_vit.py: the list cannot be written: No space left on device\n"
+    assert (said.returncode, said.stderr) == (1, expected)
+
+
 def test_list_and_clear_go_on_past_a_file_that_cannot_be_read(
     folder: Path, capsys: pytest.CaptureFixture
 ) -> None:

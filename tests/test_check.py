@@ -209,7 +209,7 @@ def test_unknown_key(check) -> None:
         ("lr", choice(), "should not be empty"),
         ("lr", 0.1, "expect a dict"),
         ("download_dir", choice("/a"), "data folder /a does not exist"),
-        ("download_dir", choice("a\0"), "data folder .* does not exist"),
+        ("download_dir", choice("a\0"), "argument --download-dir: a path with a null byte"),
         ("init_from", choice("a\0"), "null byte"),
         ("init_from", choice("a" * 300), "File name too long"),
         ("resume", choice("a.pth.tar"), "resume belongs on the command line"),
@@ -444,7 +444,7 @@ def test_patches_too_large_for_the_images(check) -> None:
         f"cd {REPOSITORY} && {COMMAND}",
         f"cd tests; cd .. && exec {COMMAND}",
         "A=1 OMP_NUM_THREADS=2 python -u ./main_vit.py --request-from-nni",
-        "torchrun --nproc-per-node 2 main_vit.py --request-from-nni",
+        "torchrun --nproc-per-node 2 --signals-to-handle SIGTERM main_vit.py --request-from-nni",
         "python -m main_vit --request-from-nni",
         "python main_vit.py --request-from-nni \\\n  --epochs 2\n",
         f'exec python "{REPOSITORY}/main_vit.py" --request-from-nni > /dev/null 2>&1',
@@ -540,6 +540,11 @@ def test_commands_that_cannot_work(check, command: str, message: str) -> None:
     result = check(trialCommand=command)
     assert result.status == 2
     assert any(message in text for text in findings(result, "error"))
+
+
+def test_torchrun_that_ends_stopped_trials_as_failed(check) -> None:
+    (warning,) = findings(check(trialCommand=f"torchrun {COMMAND[7:]}"), "warning")
+    assert "--signals-to-handle SIGTERM,SIGHUP,SIGQUIT" in warning
 
 
 @pytest.mark.parametrize("tail", ["| tee log.txt", "> log.txt 2>&1", "; echo done"])

@@ -390,6 +390,12 @@ def test_a_variable_that_is_not_set_is_no_path(option: str, run_main) -> None:
     assert not list(result.cwd.iterdir())
 
 
+def test_a_null_byte_is_no_path(tmp_path: Path) -> None:
+    (tmp_path / "args.yaml").write_text('cache_dir: "a\\0b"')
+    with pytest.raises(UsageError, match="argument --cache-dir: a path with a null byte"):
+        resolve_of(config=tmp_path / "args.yaml")
+
+
 def test_every_path_may_begin_at_home(home: Path, image_folder: Path, run_main) -> None:
     argv = [*TINY, "--download-dir", image_folder, "--epochs", 1, "--model-dir=~/a run"]
     result = run_main(*argv)
@@ -440,6 +446,7 @@ def error_cases(images: Path, folder: Path) -> dict[str, tuple[list[Any], str]]:
         "unknown parameter": ([*data, "--lrate", 1], "unknown parameter --lrate"),
         "out of range": ([*data, "--dropout", 1.5], "1.5 is not at least 0 and at most 1"),
         "short name": ([*data, "--lrr", 1], "--lrr (did you mean --lr?)"),
+        "capitals": ([*data, "--LR", 1], "--LR (did you mean --lr?)"),
         "check": ([*data, "--check", "x.yml"], "--check takes no other options"),
         "patches": ([*data, "--patch-num", 3], "3 does not divide image_size 8"),
         "unwritable output": ([*data, "--model-dir", folder / "file" / "x"], "cannot be written"),

@@ -62,6 +62,16 @@ def test_a_log_that_nobody_takes_ends_no_run(
     assert (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.mark.slow
+def test_a_run_without_stdout_and_stderr(image_folder: Path, tmp_path: Path, home: Path) -> None:
+    """As a daemon has them: closed. Python gives None for such a stream."""
+    argv = [*TINY.split(), "--epochs", "1", "--download-dir", image_folder]
+    command = [sys.executable, main_vit.__file__, *argv, "--model-dir", tmp_path / "run"]
+    closed = ["bash", "-c", '"$@" >&- 2>&-', "bash", *command]
+    assert subprocess.run(closed, env={**os.environ, "HOME": str(home)}).returncode == 0
+    assert (tmp_path / "run" / "results.json").exists()
+
+
 # --- two processes ------------------------------------------------------------------------------------
 
 

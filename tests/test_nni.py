@@ -389,19 +389,11 @@ def test_request_from_nni_outside_nni_does_not_go_on_by_itself(
 
 
 @pytest.mark.slow
-def test_link_and_memory_of_a_final_result(tmp_path: Path) -> None:
-    """Two starts in one folder: the link stands, a delivered result is not delivered again."""
+def trial_without_manager(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """The output folder and the environment of a trial whose manager does not answer."""
     output = tmp_path / "exp/environments/local-env/trials/abc"
     output.mkdir(parents=True)
-    (output / "nni.json").write_text(json.dumps({"final": {"default": 1.0}}))
-    code = """
-from nni_vit import Trial
-
-trial = Trial()
-trial.link_tensorboard()
-assert not trial.finish({"default": 2.0})
-"""
-    env = {
+    return output, {
         **os.environ,
         "NNI_PLATFORM": "local",
         "NNI_TRIAL_COMMAND_CHANNEL": f"http://localhost:{free_port()}/env/local-env/abc",
@@ -411,6 +403,30 @@ assert not trial.finish({"default": 2.0})
         "NNI_EXP_ID": "exp",
         "NNI_TRIAL_SEQ_ID": "3",
     }
+
+
+def test_a_trial_whose_search_was_stopped_before_it_asked(tmp_path: Path) -> None:
+    _, env = trial_without_manager(tmp_path)
+    command = [sys.executable, "main_vit.py", "--request-from-nni"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "main_vit.py: error: NNI's manager is out of reach, was the search stopped? `nnictl resume`"
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_link_and_memory_of_a_final_result(tmp_path: Path) -> None:
+    """Two starts in one folder: the link stands, a delivered result is not delivered again."""
+    output, env = trial_without_manager(tmp_path)
+    (output / "nni.json").write_text(json.dumps({"final": {"default": 1.0}}))
+    code = """
+from nni_vit import Trial
+
+trial = Trial()
+trial.link_tensorboard()
+assert not trial.finish({"default": 2.0})
+"""
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=env, check=True)
     assert (tmp_path / "exp/trials/abc/output").resolve() == output.resolve()
