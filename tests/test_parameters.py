@@ -480,7 +480,7 @@ def test_the_home_of_nobody(folder: Path) -> None:
         ({"trialCommand": f"cd ~nobody-here && {COMMAND}"}, "does not exist"),
         ({"trialCommand": f"cd {'x' * 300} && {COMMAND}"}, "does not exist"),
         ({"trialCommand": f"{COMMAND} --download-dir {'x' * 300}"}, "does not exist"),
-        ({"trialCommand": f"{COMMAND} --config '\0'"}, "is not YAML"),
+        ({"trialCommand": f"{COMMAND} --config '\0'"}, "a path with a null byte"),
         ({"searchSpace": {"\ud800": 1}}, r"\ud800  WRONG"),
         (
             {"trainingService": {"platform": "local", "trialGpuNumber": 1, "useActiveGpu": True,
