@@ -125,6 +125,7 @@ def continue_member(state: TrainingState, args: argparse.Namespace, data: Data) 
         return [f"{file} does not exist: from the first epoch on"]
     if saved["classes"] != data.classes:
         raise CheckpointError(f"checkpoint {file} is of other classes than the data")
+    make_parser().given_by(str(file), saved["args"])  # raises UsageError for values out of range
     if changes := differences(
         *(
             {name: p[name] for name in p.keys() - PBT_MAY_CHANGE - {"load_checkpoint_dir"}}

@@ -56,8 +56,6 @@ class CachedPixels(Pixels):
             if whole and not self.verified[row]:
                 self.verified[row] = whole = zlib.crc32(image) == self.checksums[row]
             if not whole:
-                # The file may have been cut short, and healing will fill what is gone of it with zeros.
-                self.verified[:] = False
                 self._heal(row, image)
 
     def will_read(self, rows: np.ndarray) -> None:
@@ -81,9 +79,12 @@ class CachedPixels(Pixels):
         if row not in self.named:
             self.named.add(row)
             log.warning(f"the cache {self.file} was damaged at {path}: decoded it again")
+        place, length = self._place(row)
         with contextlib.suppress(OSError), open(self.file, "r+b") as file:
-            if os.path.sameopenfile(file.fileno(), self.descriptor):
-                os.pwrite(file.fileno(), image.tobytes(), self._place(row)[0])
+            # To lengthen a file that was cut short would make zeros of rows that others have verified.
+            inside = place + length <= os.fstat(self.descriptor).st_size
+            if inside and os.path.sameopenfile(file.fileno(), self.descriptor):
+                os.pwrite(file.fileno(), image.tobytes(), place)
 
 
 # --- its form -----------------------------------------------------------------------------------------

@@ -234,9 +234,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "clear" and not args.names:
         _remove_leftovers(args.cache_dir)
     try:
-        for (
-            line
-        ) in lines:  # all is removed by now: a reader that stops early, as head does, ends this
+        # All is removed by now: a reader that stops early, as head does, ends this.
+        for line in lines:
             print(line)
         sys.stdout.flush()
     except OSError as error:  # a full disk

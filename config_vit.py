@@ -133,8 +133,11 @@ def expanded_path(text: str) -> Path:
     """An argparse type: `~` is the home of the user."""
     if not text:  # a variable of the shell that is not set; Path makes the working directory of it
         raise argparse.ArgumentTypeError("an empty path")
-    if "\0" in text:
-        raise argparse.ArgumentTypeError("a path with a null byte")
+    try:
+        if b"\0" in os.fsencode(text):
+            raise argparse.ArgumentTypeError("a path with a null byte")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("a path with a character that no name can have") from None
     # Path's own raises where there is no such user, or no home.
     return Path(os.path.expanduser(text))
 

@@ -98,13 +98,13 @@ def quiet_pillow() -> None:
     warnings.filterwarnings("ignore", module="PIL")
 
 
-def _decode(path: Path, size: int, channels: int, listed: np.ndarray) -> np.ndarray:
+def _decode(path: Path, size: int, channels: int, listed: np.ndarray | None) -> np.ndarray:
     """`decode_planes`, raising ValueError if the file cannot be decoded.
 
-    Raises DataError if it cannot be read, or has not the size and time any more that were `listed`: the
-    decoded images stand for the files that were there then.
+    Raises DataError if it cannot be read, or has not the size and time any more that were `listed`, where
+    that counts: decoded images that are kept stand for the files that were there then.
     """
-    why = reason = None
+    now, why, reason = listed, None, None
     try:
         planes = decode_planes(path, size, channels)
     except MemoryError:  # the file may be sound
@@ -115,13 +115,14 @@ def _decode(path: Path, size: int, channels: int, listed: np.ndarray) -> np.ndar
         if isinstance(error, OSError) and error.errno is not None:
             why = error.strerror
         reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
-    *now, problem = size_time_problem(str(path))
-    if why := why or problem:
+    if listed is not None and not why:
+        *now, why = size_time_problem(str(path))
+    if why:
         raise DataError(
             f"{path} could be read when the folder was listed, but no more: {why}; start again when the "
             "folder is whole"
         )
-    if now != [*listed]:
+    if listed is not None and now != [*listed]:
         raise DataError(
             f"{path} has changed since the folder was listed: start again when it is whole"
         )
@@ -133,7 +134,7 @@ def _decode(path: Path, size: int, channels: int, listed: np.ndarray) -> np.ndar
 def decode_all(
     images: ImageFolder,
     shape: tuple[int, ...],
-    stats: np.ndarray,
+    stats: np.ndarray | None,
     workers: int,
     problems: dict[int, str],
     keep: Callable[[int, np.ndarray], None],
@@ -147,7 +148,8 @@ def decode_all(
 
     def decode(row: int) -> str | None:
         try:
-            image = _decode(images.path(row), shape[2], shape[1], stats[row])
+            listed = None if stats is None else stats[row]
+            image = _decode(images.path(row), shape[2], shape[1], listed)
         except DataError:
             raise
         except ValueError as error:
@@ -188,7 +190,10 @@ def decode_again(path: Path, channels: int, listed: np.ndarray, image: np.ndarra
     Raises ImageLost if the file is not the one any more whose size and time were `listed`.
     """
     try:
-        image[:] = _decode(path, image.shape[1], channels, listed)
+        planes = _decode(path, image.shape[1], channels, listed)
+        if len(planes) > len(image):  # its size and time are those of the grey image that it was
+            raise DataError(f"{path} has got colour since the folder was listed: start again")
+        image[:] = planes
     except DataError as error:
         raise ImageLost(str(error)) from None
     except ValueError as error:
@@ -263,12 +268,15 @@ class DecodedImages:
 def decode_here(
     images: ImageFolder,
     shape: tuple[int, ...],
-    stats: np.ndarray,
+    stats: np.ndarray | None,
     workers: int,
     mode: str,
     problems: dict[int, str],
 ) -> DecodedImages:
-    """Decode into memory, or once to see what is broken; `shape` has the channels that are asked for."""
+    """Decode into memory, or once to see what is broken; `shape` has the channels that are asked for.
+
+    Without `stats` it does not count whether a file has changed since it was listed.
+    """
     one_channel = (shape[0], 1, *shape[2:])
     if mode == "off":
         broken, grey, brightest = decode_all(

@@ -156,7 +156,7 @@ def main_worker(args: argparse.Namespace, trial: nni_vit.Trial, until_end: ExitS
         option = "--stop-epoch" if args.stop_epoch else "--epochs"
         option = "--max-steps" if total_steps == args.max_steps else option
         log.info(f"this run is finished: {output}/results.json; {option} makes it longer")
-        if leads:  # it may have ended before it had told all
+        if trial.inside:  # it may have ended before it had told all
             tell_curve(report_vit.lines_of(output))
             trial.finish(report_vit.final_metrics(args, state.best, output))
         return
@@ -219,7 +219,7 @@ def main_worker(args: argparse.Namespace, trial: nni_vit.Trial, until_end: ExitS
         recorder.close(results)
     for text in report_vit.results_text(results, output):
         log.info(text)
-    if leads:
+    if trial.inside:
         trial.finish(report_vit.final_metrics(args, state.best, output))
 
 

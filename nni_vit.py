@@ -31,7 +31,7 @@ class Trial:
         """`asked` on rank 0 under --request-from-nni; else it is a trial without NNI."""
         self.inside = asked and "NNI_TRIAL_JOB_ID" in os.environ
         self.id = os.environ.get("NNI_TRIAL_JOB_ID", "")
-        self.sequence_id = int(os.environ.get("NNI_TRIAL_SEQ_ID", "0"))
+        self.sequence_id = int(os.environ.get("NNI_TRIAL_SEQ_ID", "0")) if self.inside else 0
         self.output_dir = Path(os.environ["NNI_OUTPUT_DIR"]) if self.inside else None
         self._record: dict[str, Any] = {"trial_id": self.id, "sequence_id": self.sequence_id}
         self._finished = False
@@ -105,22 +105,25 @@ class Trial:
         The `last` one goes out with the final result: an assessor may end the trial for it, before the
         results of all its epochs are written.
         """
+        if not self.inside:
+            return
         metrics = finite(metrics)
         if last:
             self._last = epoch, metrics
             return
-        if self.inside:
-            # A trial that was resumed goes on with its curve; NNI alone would start it again at 0.
-            self._nni.overwrite_intermediate_seq(epoch - self._first_epoch)
-            self._send(self._nni.report_intermediate_result, metrics)
+        # A trial that was resumed goes on with its curve; NNI alone would start it again at 0.
+        self._nni.overwrite_intermediate_seq(epoch - self._first_epoch)
+        self._send(self._nni.report_intermediate_result, metrics)
 
     def finish(self, metrics: dict[str, float]) -> bool:
         """Reports the final result, once over all starts of the trial; whether it went out now."""
+        if not self.inside:
+            return False
         metrics = finite(metrics)
         if self._last:
             self.report(*self._last)
             self._last = None
-        if not self.inside or self._finished:
+        if self._finished:
             return False
         # A second final result can end the tuner. Whether one arrived before `nnictl stop` the manager
         # knows best; our record answers where the manager cannot be asked.

@@ -134,10 +134,8 @@ class Classifier(nn.Module):
             part = slice(first, first + count)
             some = replace(images, names=images.names[part], targets=images.targets[part])
             shape = (len(some.names), channels, size, size)
-            stats, problems = sizes_and_times(some)
-            decoded = decode_here(
-                some, shape, stats, machine_vit.usable_cores(), "memory", problems
-            )
+            _, problems = sizes_and_times(some)
+            decoded = decode_here(some, shape, None, machine_vit.usable_cores(), "memory", problems)
             split = Split(decoded.pixels, some.targets, np.arange(shape[0]))
             with autocast:
                 logits = [

@@ -214,13 +214,16 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def is_line(line: dict[str, Any]) -> bool:
-    """Whether it has what is read of an epoch's line; AUC is None where validation lacks a class."""
-    whole = all(isinstance(line.get(name), int) for name in ("epoch", "step"))
-    names = ["train_loss", "train_accuracy", *(f"val_{name}" for name in METRICS)]
-    kinds = int | float
-    return whole and all(
-        isinstance(line.get(name), kinds | None if name == "val_auc" else kinds) for name in names
-    )
+    """Whether it has what is read of an epoch's line, all of it numbers; AUC is None where a class has no image."""
+    numbers = {
+        name for name, v in line.items() if isinstance(v, int | float) and -1e300 < v < 1e300
+    }
+    counts = ("epoch", "step")
+    needed = {*counts, "train_loss", "train_accuracy", *(f"val_{name}" for name in METRICS)}
+    if line.get("val_auc", 0) is None:
+        numbers.add("val_auc")
+    whole = needed <= numbers == line.keys()
+    return whole and all(isinstance(line[n], int) and 0 <= line[n] < 2**63 for n in counts)
 
 
 class Recorder:

@@ -94,22 +94,37 @@ def load_checkpoint(filename: str | Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise foreign
-        kinds = CHECKPOINT_KEYS | {k: kind for k, kind in NEWER_KEYS.items() if k in state}
-        if not all(isinstance(state[key], kind) for key, kind in kinds.items()):
-            raise foreign
+        check_content(state)
         if any(
             t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in tensors_in(state)
         ):
             raise foreign  # a large shape over a small storage
         weights = [w for key in ("model", "ema") for w in (state[key] or {}).values()]
-        if state["args"].get("vt_depth", 0) > len(weights):
-            raise foreign  # a model of so many blocks would be built
         finite = all(w.isfinite().all() for w in weights)
     except Exception:  # what a hostile file makes zipfile or torch raise, and a KeyError
         raise foreign from None
     if not finite:
         raise CheckpointError(f"checkpoint {filename} holds weights that are not finite")
     return state
+
+
+def check_content(state: dict[str, Any]) -> None:
+    """Raises ValueError, or what another kind of content leads to, unless all is of the kinds that a run writes."""
+    kinds = CHECKPOINT_KEYS | {k: kind for k, kind in NEWER_KEYS.items() if k in state}
+    args, scaler = state["args"], state.get("scaler", {})
+    right = [
+        *(isinstance(state[key], kind) for key, kind in kinds.items()),
+        *(0 <= state[key] < 2**63 for key in ("epoch", "step", "validated")),
+        *(state.get(key, 1) >= 1 for key in ("train_images", "val_images", "pieces")),
+        *(isinstance(name, str) for name in (*state["classes"], *state["model"], *scaler)),
+        *(isinstance(value, int | float) for value in scaler.values()),
+        # As args.yaml has them: no other spelling of a name, no nested choice of NNI.
+        *(name.isidentifier() for name in args),
+        *(isinstance(value, str | int | float | None) for value in args.values()),
+        args.get("vt_depth", 0) <= len(state["model"]),  # else so many blocks would be built
+    ]
+    if not all(right):
+        raise ValueError
 
 
 def tensors_in(content: Any) -> Iterator[Tensor]:
@@ -250,14 +265,16 @@ class TrainingState:
             if state.get("scaler"):  # empty under other precisions, which one of PBT may go on from
                 self.scaler.load_state_dict(state["scaler"])
             device = self.parameters[0].device
-            self.outputs = [tuple(t.to(device) for t in s) for s in unpacked(state["outputs"])]
+            outputs = [*unpacked(state["outputs"])]
+            check_outputs(outputs)
+            self.outputs = [tuple(t.to(device) for t in step) for step in outputs]
         except Exception as error:  # whatever content of other kinds and shapes leads to
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise CheckpointError(f"the checkpoint does not fit this model: {reason}") from None
         self.epoch, self.step, self.validated = state["epoch"], state["step"], state["validated"]
         self.best = state["best"]
         # With another number, sums would be taken in another order.
-        self.pieces = max(1, state.get("pieces", 1))
+        self.pieces = state.get("pieces", 1)
 
 
 # What the optimizer's step takes for granted of a parameter that it has stepped before.
@@ -309,11 +326,20 @@ def unpacked(
     if not outputs:
         return []
     sizes = outputs["sizes"].tolist()
-    for name in ("predicted", "targets"):
-        if outputs[name].dtype != torch.int64 or (outputs[name] < 0).any():
-            raise ValueError(f"{name} are no class numbers")
     parts = (outputs[name].split(sizes) for name in ("predicted", "targets"))
     return zip(outputs["losses"], *parts, strict=True)
+
+
+def check_outputs(outputs: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Raises ValueError unless each step has a loss () and as many predicted classes as targets (batch,)."""
+    for loss, predicted, targets in outputs:
+        kinds = {part.dtype for part in (predicted, targets)}
+        shapes = {part.shape for part in (predicted, targets)}
+        if loss.shape != () or shapes != {(len(targets),)} or kinds != {torch.int64}:
+            raise ValueError("the outputs of a step are of other shapes")
+        low, high = torch.stack([predicted, targets]).aminmax()
+        if not (loss.is_floating_point() and low >= 0 and high < 2**24):
+            raise ValueError("the outputs of a step are no loss and class numbers")
 
 
 class Saver:

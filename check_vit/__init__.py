@@ -34,6 +34,7 @@ from folder_vit import DataError, in_one_line, not_decoded, printable, sizes_and
 from utils_vit import CheckpointError
 
 SHOWN = 5  # messages of a kind that are printed
+TORCHRUN = re.compile(r"(^|[\s/;&|(])torchrun\s|\s-m\s*torch\.distributed\.run\s")
 LARGE_PATCH = 64  # pixels a side, of which a model sees little more than their mean
 # Change how fast a trial is, not what it finds.
 NO_RESULT = {"workers", "threads", "cache", "cache_dir", "cache_limit"}
@@ -209,7 +210,8 @@ def check_command(config: Any, given: dict[str, Any], parser: Parser, found: Fin
             f"trialCommand: {hiding!r} keeps NNI's signal from a trial that is stopped: it could "
             f"not save, and would go on running ({note})"
         )
-    if "torchrun" in service.trial_command and "--signals-to-handle" not in service.trial_command:
+    handled = re.search(r"--signals[-_]to[-_]handle[\s=]+(\S+)", service.trial_command)
+    if TORCHRUN.search(service.trial_command) and (not handled or "SIGINT" in handled[1]):
         found.warnings.append(
             "trialCommand: when NNI stops a trial torchrun ends it as FAILED, not as USER_CANCELED: give torchrun "
             "--signals-to-handle SIGTERM,SIGHUP,SIGQUIT, which leaves NNI's SIGINT to Python"

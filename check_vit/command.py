@@ -13,7 +13,7 @@ from folder_vit import printable
 QUOTED = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\."""
 PARENTHESES = r"\((?:[^()]|\([^)]*\))*\)"
 TOKEN = re.compile(
-    r"""(?P<comment>(?<![^\s;&|()])#[^\n]*)|(?P<redirection>&?\d*[<>]+(?!\()&?)|(?P<control>[;&|\n]+)"""
+    r"""(?P<comment>(?<![^\s;&|()])#[^\n]*)|(?P<redirection>&?\d*[<>]+(?!\()[&|]?)|(?P<control>[;&|\n]+)"""
     rf"""|(?P<group>[()])|(?P<word>([$<>]{PARENTHESES}|\$\{{[^}}]*\}}|`[^`]*`|{QUOTED}|[^\s;&|<>()\\'"])+)"""
     r"""|(?P<unclosed>['"])""",
     re.DOTALL,
@@ -72,7 +72,7 @@ def trial_call(command: str, folder: Path) -> Call:
 
     calls: list[list[str]] = [[]]
     is_target = False  # of a redirection
-    for token in TOKEN.finditer(command.replace("\\\n", " ")):
+    for token in TOKEN.finditer(without_comments(command).replace("\\\n", " ")):
         if token["unclosed"]:
             raise UsageError(f"No closing quotation: {command}")
         if token["word"] and not is_target:

@@ -210,6 +210,7 @@ def test_unknown_key(check) -> None:
         ("lr", 0.1, "expect a dict"),
         ("download_dir", choice("/a"), "data folder /a does not exist"),
         ("download_dir", choice("a\0"), "argument --download-dir: a path with a null byte"),
+        ("init_from", choice("/\ud800"), "a path with a character that no name can have"),
         ("init_from", choice("a\0"), "null byte"),
         ("init_from", choice("a" * 300), "File name too long"),
         ("resume", choice("a.pth.tar"), "resume belongs on the command line"),
@@ -455,6 +456,8 @@ def test_patches_too_large_for_the_images(check) -> None:
         f"{COMMAND} --cache-dir 'a*' --cache-dir \"b?{{c,d}}\" --cache-dir \\[e]",
         f"{{ cd -P tests && cd -- ..; }} && {COMMAND}",
         f"exec {COMMAND} --cache=off>/dev/null 2>&1",
+        f"exec {COMMAND} >|/dev/null --cache off",
+        f"# one \\\n{COMMAND}",
         rf"""exec {COMMAND} --cache-dir "a\$b" --epochs=2>>/dev/null""",
     ],
 )
@@ -542,9 +545,20 @@ def test_commands_that_cannot_work(check, command: str, message: str) -> None:
     assert any(message in text for text in findings(result, "error"))
 
 
-def test_torchrun_that_ends_stopped_trials_as_failed(check) -> None:
-    (warning,) = findings(check(trialCommand=f"torchrun {COMMAND[7:]}"), "warning")
-    assert "--signals-to-handle SIGTERM,SIGHUP,SIGQUIT" in warning
+@pytest.mark.parametrize(
+    ("launcher", "warned"),
+    [
+        ("torchrun", True),
+        ("python -m torch.distributed.run", True),
+        ("torchrun --signals-to-handle=SIGINT,SIGTERM", True),
+        ("torchrun --signals_to_handle SIGTERM,SIGHUP", False),
+        ("A=torchrun_of_mine python", False),
+    ],
+)
+def test_torchrun_ends_stopped_trials_as_failed(check, launcher: str, warned: bool) -> None:
+    warnings = findings(check(trialCommand=f"{launcher} {COMMAND[7:]}"), "warning")
+    assert len(warnings) == warned
+    assert all("give torchrun --signals-to-handle SIGTERM" in text for text in warnings)
 
 
 @pytest.mark.parametrize("tail", ["| tee log.txt", "> log.txt 2>&1", "; echo done"])

@@ -388,7 +388,6 @@ def test_request_from_nni_outside_nni_does_not_go_on_by_itself(
     assert result.status == 2 and "holds a run already" in result.stderr
 
 
-@pytest.mark.slow
 def trial_without_manager(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """The output folder and the environment of a trial whose manager does not answer."""
     output = tmp_path / "exp/environments/local-env/trials/abc"
@@ -416,6 +415,7 @@ def test_a_trial_whose_search_was_stopped_before_it_asked(tmp_path: Path) -> Non
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_link_and_memory_of_a_final_result(tmp_path: Path) -> None:
     """Two starts in one folder: the link stands, a delivered result is not delivered again."""
     output, env = trial_without_manager(tmp_path)

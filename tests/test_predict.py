@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 import torch
 
+import images_vit
 import predict_vit
 from images_vit import decode_image
 from setup_vit import computes_in
@@ -266,6 +267,22 @@ def test_the_table_of_odd_names(vit: Path, images: Path, tmp_path: Path) -> None
     assert [*lines_of(out)[0]] == ["image__", "class", "image", "image_", "b"]
 
 
+def test_a_file_that_changes_meanwhile_is_predicted_as_it_is(
+    vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is kept of it, so it need not be the one that was listed."""
+    photo = tmp_path / "photo.png"
+    shutil.copy(images / "test/cat/000.png", photo)
+    before, real = run(vit, photo), images_vit.decode_planes
+
+    def touching(path: Path, *shape: int) -> np.ndarray:
+        os.utime(path, (1, 1))
+        return real(path, *shape)
+
+    monkeypatch.setattr(images_vit, "decode_planes", touching)
+    assert run(vit, photo) == before and before[0] == 0
+
+
 def test_an_evaluation_without_an_image_is_refused(vit: Path, images: Path, tmp_path: Path) -> None:
     shutil.copytree(images / "test", tmp_path / "test")
     (tmp_path / "test" / "cat" / "000.png").write_bytes(b"")
@@ -317,6 +334,7 @@ def test_an_architecture_that_cannot_be_exported_is_one_line(
 def test_ctrl_c_ends_quietly(vit: Path) -> None:
     # As Python raises it; a process started in the background would ignore the signal itself.
     code = f"""
+import images_vit
 import predict_vit
 def interrupted(*_):
     raise KeyboardInterrupt

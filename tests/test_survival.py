@@ -37,6 +37,7 @@ from utils_vit import (
     CheckpointError,
     TrainingState,
     load_checkpoint,
+    load_moments,
     save_checkpoint,
     sealed,
 )
@@ -348,7 +349,14 @@ def test_damaged_results_and_lines_do_not_end_a_run(
 
 def test_tensorboard_keeps_a_curve_that_begins_later(tmp_path: Path) -> None:
     """One of PBT, killed after its last epoch: what a resume hides begins behind that."""
-    names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_balanced_accuracy")
+    names = (
+        "train_loss",
+        "train_accuracy",
+        "val_loss",
+        "val_accuracy",
+        "val_balanced_accuracy",
+        "val_auc",
+    )
     recorder = report_vit.Recorder(tmp_path, 0)
     for epoch in (7, 8, 9):
         recorder.epoch({"epoch": epoch, "step": epoch, **dict.fromkeys(names, 0.5)})
@@ -615,9 +623,26 @@ WRONG_CONTENT: dict[str, Callable[[dict[str, Any]], object]] = {
     "a rate that is text": lambda s: s["optimizer"]["param_groups"][0].update(lr="q"),
     "outputs of other names": lambda s: s.update(outputs={"losses": 1}),
     "outputs of other lengths": lambda s: s["outputs"].update(targets=torch.tensor([0])),
+    "outputs of fractions": lambda s: s["outputs"].update(targets=s["outputs"]["targets"] + 0.5),
+    "outputs beyond memory": lambda s: s["outputs"].update(targets=s["outputs"]["targets"] + 2**40),
+    "losses in a table": lambda s: s["outputs"].update(losses=s["outputs"]["losses"][:, None]),
+    "older outputs below 0": lambda s: s.update(
+        outputs=[(torch.tensor(0.5), torch.zeros(2, 2), torch.tensor([-1, 0]))]
+    ),
     "outputs below 0": lambda s: s["outputs"].update(targets=s["outputs"]["targets"] - 1),
     "outputs that are numbers": lambda s: s.update(outputs=[1, 2]),
     "a best without metrics": lambda s: s.update(best={"epoch": 1}),
+    "a best with more": lambda s: s["best"].update(x=torch.zeros(2)),
+    "a step beyond numbers": lambda s: s.update(step=2**70),
+    "no images": lambda s: s.update(train_images=0),
+    "no pieces": lambda s: s.update(pieces=0),
+    "classes that are numbers": lambda s: s.update(classes=[1, 2]),
+    "weights without names": lambda s: s["model"].update({3: torch.zeros(1)}),
+    "a scale that is text": lambda s: s["scaler"].update(scale="x"),
+    "blocks by another spelling": lambda s: s["args"].update({"vt-depth": 10**7}),
+    "blocks by a nested choice": lambda s: s["args"].update(
+        arch={"_name": "vit", "vt_depth": 10**7}
+    ),
     "images that are text": lambda s: s.update(train_images="x"),
     "no fingerprints": lambda s: s.update(fingerprints={}),
     "fingerprints that are a number": lambda s: s.update(fingerprints=3),
@@ -668,10 +693,27 @@ def test_lines_of_metrics_that_lack_something(
 ) -> None:
     shutil.copytree(whole_run, tmp_path / "run")
     lines = tmp_path / "run" / "metrics.jsonl"
-    lines.write_text('{"epoch": 1, "step": 2}\n{"epoch": 1, "step": "x"}\n[]\n' + lines.read_text())
+    nan = (
+        lines.read_text()
+        .splitlines()[0]
+        .replace('"val_accuracy": ', '"val_accuracy": -Infinity, "x": ')
+    )
+    lines.write_text(
+        nan + '\n{"epoch": 1, "step": 2}\n{"epoch": 1, "step": "x"}\n[]\n' + lines.read_text()
+    )
     result = run_main("--resume", tmp_path / "run" / "checkpoint.pth.tar", "--max-steps", "40")
     assert (result.status, result.stderr) == (0, "")
     assert [json.loads(line)["epoch"] for line in lines.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_the_rate_of_the_last_step_is_kept() -> None:
+    """Nothing else of the options: a run that is stopped before validation tells it afterwards."""
+    weight = nn.Parameter(torch.zeros(2))
+    saved = torch.optim.SGD([weight], lr=0.25, momentum=0.5).state_dict()
+    optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
+    load_moments(optimizer, saved)
+    [group] = optimizer.param_groups
+    assert (group["lr"], group["momentum"]) == (0.25, 0.9)
 
 
 def test_the_seal_is_the_comment_of_a_whole_zip(tmp_path: Path) -> None:
