@@ -103,7 +103,7 @@ class Classifier(nn.Module):
         parameters = parser.given_by(str(file), saved["args"])
         self.args = argparse.Namespace(**parser.with_defaults(parameters))
         self.classes: list[str] = saved["classes"]
-        self.device = torch.device("cuda", 0) if utils_vit.usable_gpus() else torch.device("cpu")
+        self.device = torch.device("cuda", 0) if setup_vit.usable_gpus() else torch.device("cpu")
         if self.device.type == "cuda":
             setup_vit.start_gpu(self.device)
         try:

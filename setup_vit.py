@@ -107,9 +107,17 @@ def choose_device(
     return device
 
 
+def usable_gpus() -> int:
+    """The number of CUDA devices that torch can use.
+
+    torch.cuda.device_count also counts GPUs whose driver is too old, and whole cards where MIG has split them.
+    """
+    return torch._C._cuda_getDeviceCount() if torch.cuda.is_available() else 0
+
+
 def choose_gpu(args: argparse.Namespace, trial: nni_vit.Trial) -> int | None:
     """The number of the GPU of this process, None if there is no GPU. Raises UsageError."""
-    gpus, ranks = utils_vit.usable_gpus(), distributed_vit.world_size()
+    gpus, ranks = usable_gpus(), distributed_vit.world_size()
     if ranks > 1 and args.gpu is not None:
         raise UsageError("--gpu is for one process; torchrun gives each of its processes a GPU")
     if ranks > 1 and 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
@@ -131,7 +139,7 @@ def choose_gpu(args: argparse.Namespace, trial: nni_vit.Trial) -> int | None:
 
 def check_gpu(number: int) -> None:
     """Raises UsageError if this machine has no such GPU."""
-    if number >= (gpus := utils_vit.usable_gpus()):
+    if number >= (gpus := usable_gpus()):
         raise UsageError(
             f"--gpu {number}: torch sees {gpus} CUDA devices here; leave --gpu out to use what there is"
         )
@@ -211,7 +219,7 @@ def open_images(args: argparse.Namespace, concurrency: int = 1) -> data_vit.Data
         device = torch.device("cuda", torch.cuda.current_device())
         # Trials that start together see the same memory free. Where NNI gives each a GPU of its own this
         # leaves more free than it has to.
-        trials = math.ceil(concurrency / utils_vit.usable_gpus())
+        trials = math.ceil(concurrency / usable_gpus())
         data = data_vit.keep_on_device(data, device, torch.cuda.mem_get_info(device)[0] // trials)
     args.num_classes = len(data.classes)
     val_classes = np.unique(data.val.targets[data.val.indices])

@@ -32,14 +32,6 @@ SEAL_LENGTH = len("sha256:") + 64
 LAST, PREVIOUS, BEST = "checkpoint.pth.tar", "previous.pth.tar", "model_best.pth.tar"
 
 
-def usable_gpus() -> int:
-    """The number of CUDA devices that torch can use.
-
-    torch.cuda.device_count also counts GPUs whose driver is too old, and whole cards where MIG has split them.
-    """
-    return torch._C._cuda_getDeviceCount() if torch.cuda.is_available() else 0
-
-
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, foreign or of another model; the text is one line."""
 

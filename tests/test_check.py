@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import check_vit
-import utils_vit
+import setup_vit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TUNERS = str(REPOSITORY / "tuners")
@@ -641,7 +641,7 @@ def test_a_program_that_cannot_be_told_is_no_error(check, command: str) -> None:
 
 def test_a_gpu_in_the_search_space(check, monkeypatch) -> None:
     """It is this machine's that count, but where trials run on others."""
-    monkeypatch.setattr(utils_vit, "usable_gpus", lambda: 1)
+    monkeypatch.setattr(setup_vit, "usable_gpus", lambda: 1)
     space = {"gpu": choice(0, 1)}
     (error,) = findings(check(searchSpace=space), "error")
     assert error.startswith("--gpu 1: torch sees 1 CUDA devices here")
@@ -673,7 +673,7 @@ def test_gpu_numbers(
     check, monkeypatch, tmp_path, gpus, number, service, option, errors, warnings, old: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(utils_vit, "usable_gpus", lambda: gpus)
+    monkeypatch.setattr(setup_vit, "usable_gpus", lambda: gpus)
     command = f"{COMMAND} {option}"
     if old:
         write_space(tmp_path)

@@ -20,7 +20,6 @@ import main_vit
 import nni_vit
 import output_vit
 import setup_vit
-import utils_vit
 from config_vit import UsageError, resolve
 from output_vit import hold_folder
 from utils_vit import load_checkpoint
@@ -293,7 +292,7 @@ def test_deterministic_is_set_before_cuda_starts(monkeypatch: pytest.MonkeyPatch
 
 def test_attention_that_is_left_out_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN's always; fused kernels repeat only when nothing may merely warn. Here there is no GPU."""
-    monkeypatch.setattr(utils_vit, "usable_gpus", lambda: 1)
+    monkeypatch.setattr(setup_vit, "usable_gpus", lambda: 1)
     kernels = torch.backends.cuda
     enabled = lambda: [  # noqa: E731
         kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.cudnn_sdp_enabled(),
@@ -324,7 +323,7 @@ def test_a_small_model_is_float32_on_a_cpu(
     sizes: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where bfloat16 gains nothing; the machine of the test may have none, and may have a GPU."""
-    monkeypatch.setattr(utils_vit, "usable_gpus", lambda: 0)
+    monkeypatch.setattr(setup_vit, "usable_gpus", lambda: 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     args = resolve(main_vit.make_parser(), ["-s", "16", "-b", "32", *sizes])
     setup_vit.choose_device(args, nni_vit.Trial(False))
@@ -364,7 +363,7 @@ def test_trials_share_the_memory_of_their_gpu(
 ) -> None:
     """Those that start together see the same memory free; each takes up to a half of its part."""
     parts = []
-    monkeypatch.setattr(utils_vit, "usable_gpus", lambda: 2)
+    monkeypatch.setattr(setup_vit, "usable_gpus", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (600, 1000))
