@@ -133,6 +133,7 @@ def test_from_the_start_unless_the_earlier_trial_is_whole(
 def test_members_of_a_population(train, tmp_path: Path, image_folder: Path) -> None:
     """Each goes on from the folder it is told, with its own rate and decay, and leaves its checkpoint."""
     folders = [tmp_path / "population" / str(step) for step in range(3)]
+    (tmp_path / "wrong").mkdir()
     first = [
         "--epochs",
         2,
@@ -154,7 +155,13 @@ def test_members_of_a_population(train, tmp_path: Path, image_folder: Path) -> N
     (tmp_path / "trials/first/results.json").unlink()
     again = train("first", None, *first, "--auto-resume")
     assert again.status == 0 and "epoch   3" not in again.stdout
+    (tmp_path / "trials/first/metrics.jsonl").unlink()  # NNI alone would be told of its last line
+    assert "this run is finished" in train("first", None, *first, "--auto-resume").stdout
     assert train("third", None, "--epochs", 2, *second, "--vt-dim", 8).status == 2
+    states[0]["args"]["batch_size"] = 0
+    utils_vit.save_checkpoint(states[0], False, tmp_path / "wrong" / "checkpoint.pth.tar")
+    result = train("wrong", None, "--epochs", 2, "--load-checkpoint-dir", tmp_path / "wrong")
+    assert result.status == 2 and "batch-size: 0 is not at least 1" in result.stderr
     # Another seed may hold out images that these weights were trained on.
     result = train("fourth", None, "--epochs", 2, *second, "--seed", 7)
     assert result.status == 2 and "other parameters: seed 0 -> 7" in result.stderr

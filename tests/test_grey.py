@@ -1,6 +1,7 @@
 """Images without colour: one channel is kept for all of them, and stands for as many in the model."""
 
 import json
+import os
 import pickle
 import zlib
 from collections.abc import Callable
@@ -119,6 +120,19 @@ def test_an_image_that_gets_colour_ends_a_run_that_decodes_again(folder: Path) -
     Image.new("RGB", (12, 12), "red").save(path, format="PNG")
     with pytest.raises(DataError, match=f"{path.name} has changed since the folder was listed"):
         decoded.pixels[5]
+
+
+def test_colour_in_a_file_that_looks_the_same_from_outside(tmp_path: Path) -> None:
+    for name in ("dark", "light"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), "gray").save(tmp_path / name / "0.bmp")
+    decoded, path = decode(tmp_path, "off"), tmp_path / "dark" / "0.bmp"
+    status = path.stat()
+    Image.new("RGB", (8, 8), "red").save(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    with pytest.raises(DataError, match="0.bmp has got colour since the folder was listed"):
+        decoded.pixels[0]
 
 
 def test_the_cache_of_grey_images_mends_itself(folder: Path) -> None:
