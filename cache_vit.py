@@ -50,10 +50,11 @@ def decode_folder(
     for all. (Two files that swap names and agree in size and time are not noticed; the time of change
     would tell, and would build it again after every copy of the folder.) Of processes that need the
     same one at once, one builds it and the others wait. While it is built it takes the space of all
-    channels. Nothing is kept of files that could be listed, but then not read, or not as they were listed. With a `limit` in bytes,
-    files that no run has open make room, the least recently used first. "memory" decodes into this
-    process's own memory; "off" keeps nothing but what is broken. Raises DataError on what cannot be
-    read, if the cache folder cannot be written, or the disk, the limit or the memory has no room.
+    channels. Nothing is kept if files that were listed cannot be read then, or have changed. With a
+    `limit` in bytes, files that no run has open make room, the least recently used first. "memory"
+    decodes into this process's own memory; "off" keeps nothing but what is broken. Raises DataError on
+    what cannot be read, if the cache folder cannot be written, or the disk, the limit or the memory has
+    no room.
     """
     file, stats, problems = place_of(images, size, channels, cache_dir)
     shape = (len(images.names), channels, size, size)

@@ -289,7 +289,8 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> Non
     for number, parameter in enumerate(parameters):  # as state_dict numbers them
         if not (moments := saved["state"].get(number)):
             continue
-        moments = {name: moments[name] for name in (*MOMENTS[type(optimizer).__name__], *moments)}
+        if missing := {*MOMENTS[type(optimizer).__name__]} - moments.keys():
+            raise ValueError(f"moments lack {', '.join(sorted(missing))}")
         own["state"][number] = new = {}
         for name, value in moments.items():
             new[name] = torch.empty(()) if name == "step" else torch.empty_like(parameter)

@@ -40,7 +40,7 @@ HEAD = (
 def measure(options: str, n: int) -> tuple[str, ...]:
     """A row of the table but for its name."""
     args = resolve(main_vit.make_parser(), [*options.split(), "--num-classes", "2"])
-    device = setup_vit.choose_device(args, nni_vit.Trial(False))
+    device = setup_vit.choose_device(args, nni_vit.Trial(asked=False))
     state = setup_vit.make_state(args, device)
     images = torch.randn(args.batch_size, args.channel, args.image_size, args.image_size)
     images, targets = images.to(device), (torch.arange(args.batch_size) % 2).to(device)

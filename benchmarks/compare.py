@@ -172,7 +172,7 @@ def chosen_precision(size: dict[str, int]) -> str:
     sizes = ["--image-size", size["image_size"], "--patch-num", size["patch_num"]]
     sizes += ["--vt-dim", size["dim"], "--batch-size", size["batch_size"]]
     args = resolve(main_vit.make_parser(), [str(word) for word in sizes])
-    setup_vit.choose_device(args, nni_vit.Trial(False))
+    setup_vit.choose_device(args, nni_vit.Trial(asked=False))
     return args.precision
 
 

@@ -73,7 +73,7 @@ class Trainings:
     def train(self, parameters: dict[str, Any]) -> Iterator[float]:
         """Epoch for epoch what a trial reports, by the functions that a trial runs."""
         args = resolve(main_vit.make_parser(), self.options, parameters)
-        device = setup_vit.choose_device(args, nni_vit.Trial(False))
+        device = setup_vit.choose_device(args, nni_vit.Trial(asked=False))
         data = setup_vit.open_images(args)
         state = setup_vit.make_state(args, device)
         total_steps = args.epochs * -(-len(data.train) // args.batch_size)

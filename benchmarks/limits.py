@@ -47,7 +47,7 @@ def make(options: str, device: str, precision: str = "auto") -> tuple[Any, argpa
 
     argv = [*options.split(), "--num-classes", "2", "--precision", precision]
     args = resolve(main_vit.make_parser(), argv)
-    chosen = setup_vit.choose_device(args, nni_vit.Trial(False))
+    chosen = setup_vit.choose_device(args, nni_vit.Trial(asked=False))
     assert chosen.type == device, "CUDA_VISIBLE_DEVICES is set before torch is imported"
     state = setup_vit.make_state(args, chosen)
     state.model.train()

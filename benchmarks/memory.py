@@ -28,7 +28,7 @@ from pathlib import Path
 import setup_vit, main_vit, nni_vit, step_vit
 from config_vit import resolve
 args = resolve(main_vit.make_parser(), sys.argv[2:])
-device = setup_vit.choose_device(args, nni_vit.Trial(False))
+device = setup_vit.choose_device(args, nni_vit.Trial(asked=False))
 data = setup_vit.open_images(args)
 state = setup_vit.make_state(args, device)
 for state.epoch in range(int(sys.argv[1])):

@@ -32,7 +32,7 @@ def measure(rounds: int) -> None:
     """One process's part; the first prints."""
     distributed_vit.start()
     args = resolve(main_vit.make_parser(), ["--num-classes=10", *MODEL.split()])
-    device = setup_vit.choose_device(args, nni_vit.Trial(False))
+    device = setup_vit.choose_device(args, nni_vit.Trial(asked=False))
     part = share_of(args.batch_size, distributed_vit.rank(), distributed_vit.world_size())
     size = part.stop - part.start
     images = torch.randn(size, args.channel, args.image_size, args.image_size, device=device)

@@ -81,9 +81,8 @@ def check(file: Path, parser: Parser) -> int:
             )
         if "" in unclear:
             given["request_from_nni"] = True  # it may be there
-        if (
-            unclear - NO_RESULT
-        ):  # what the defaults cannot do, bash's values may: errors are warnings
+        # What the defaults cannot do, bash's values may: what would be errors are warnings.
+        if unclear - NO_RESULT:
             judged = Findings(errors=found.warnings, warnings=found.warnings)
         check_command(config, given, parser, found)
         check_overridden(keys, given, found)
@@ -117,12 +116,17 @@ def check(file: Path, parser: Parser) -> int:
         elif "load_checkpoint_dir" in added:
             found.errors.append("assessor: PBT needs every trial to come to its end: leave it out")
 
+    report(file, found)
+    return 2 if found.errors else 0
+
+
+def report(file: Path, found: Findings) -> None:
+    """Print what was found, and what follows from it."""
     for text in found.warnings:
         print(f"warning: {text}")
     for text in found.errors:
         print(f"error: {text}")
     print(f"{file} {'cannot run as it should' if found.errors else 'can run'}")
-    return 2 if found.errors else 0
 
 
 def shortened(texts: list[str]) -> list[str]:

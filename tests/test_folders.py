@@ -282,7 +282,9 @@ def test_deterministic_is_set_before_cuda_starts(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         for options, on in (([], False), (["--deterministic"], True)):
-            setup_vit.choose_device(resolve(main_vit.make_parser(), options), nni_vit.Trial(False))
+            setup_vit.choose_device(
+                resolve(main_vit.make_parser(), options), nni_vit.Trial(asked=False)
+            )
             assert torch.are_deterministic_algorithms_enabled() == on
             assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if on else None)
             assert not torch.cuda.is_initialized()
@@ -302,7 +304,7 @@ def test_attention_that_is_left_out_on_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
         for options, expected in (([], [*before[:2], False]), (["--deterministic"], [False] * 3)):
             with pytest.raises(UsageError, match="cannot compute on cuda:0: "):
                 setup_vit.choose_device(
-                    resolve(main_vit.make_parser(), options), nni_vit.Trial(False)
+                    resolve(main_vit.make_parser(), options), nni_vit.Trial(asked=False)
                 )
             assert enabled() == expected
     finally:
@@ -326,7 +328,7 @@ def test_a_small_model_is_float32_on_a_cpu(
     monkeypatch.setattr(setup_vit, "usable_gpus", lambda: 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     args = resolve(main_vit.make_parser(), ["-s", "16", "-b", "32", *sizes])
-    setup_vit.choose_device(args, nni_vit.Trial(False))
+    setup_vit.choose_device(args, nni_vit.Trial(asked=False))
     assert args.precision == expected
 
 
